@@ -1,0 +1,169 @@
+"""The `calculator` tool: exact arithmetic over a closed grammar, no evaluation of code.
+
+Covered: integers, decimals and fractions with + - * / // % ** and parentheses; gcd, lcm, abs, min,
+max, round, sqrt; count("letter", "text") (case-insensitive); solve(equation), linear in one unknown.
+A bare equation is solved. Not covered: variables, assignments, anything else of Python. Sizes are
+bounded, so no input takes long.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+import re
+from fractions import Fraction
+
+from memory.errors import ToolError
+
+MAX_CHARS = 2000
+MAX_DIGITS = 2000
+_IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z_0-9]*")
+
+
+def calculate(expression: str) -> str:
+    """The value of `expression` as text. ToolError, with what was wrong, when it has none."""
+    text = expression.strip().replace("×", "*").replace("÷", "/").replace("−", "-").replace("^", "**")
+    if not text:
+        raise ToolError("empty expression")
+    if len(text) > MAX_CHARS:
+        raise ToolError(f"expression longer than {MAX_CHARS} characters")
+    inner = re.fullmatch(r"solve\((.*)\)", text, re.DOTALL)
+    if inner is not None:
+        return _show(_solve(inner.group(1)))
+    if _is_equation(text):
+        return _show(_solve(text))
+    return _show(_number(_evaluate(_tree(text))))
+
+
+def _is_equation(text: str) -> bool:
+    _, eq, right = text.partition("=")
+    return bool(eq) and "=" not in right and '("' not in text
+
+
+def _tree(text: str) -> ast.expr:
+    try:
+        return ast.parse(text, mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as exc:
+        raise ToolError(f"cannot read the expression {text[:80]!r}") from exc
+
+
+def _evaluate(node: ast.expr) -> Fraction | str:
+    match node:
+        case ast.Constant(value=bool()):
+            raise ToolError("true and false are not numbers")
+        case ast.Constant(value=int() | float() as value):
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ToolError("a number is too large")
+            return Fraction(str(value)) if isinstance(value, float) else Fraction(value)
+        case ast.Constant(value=str() as value):
+            return value
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            return -_number(_evaluate(operand))
+        case ast.UnaryOp(op=ast.UAdd(), operand=operand):
+            return _number(_evaluate(operand))
+        case ast.BinOp(left=left, op=op, right=right):
+            return _binary(op, _number(_evaluate(left)), _number(_evaluate(right)))
+        case ast.Call(func=ast.Name(id=name), args=args, keywords=[]):
+            return _call(name, [_evaluate(arg) for arg in args])
+        case _:
+            raise ToolError("only numbers, + - * / and the named functions are understood")
+
+
+def _number(value: Fraction | str) -> Fraction:
+    if isinstance(value, str):
+        raise ToolError("a text stands where a number is needed")
+    if abs(value.numerator).bit_length() + value.denominator.bit_length() > MAX_DIGITS * 4:
+        raise ToolError("the result is too large")
+    return value
+
+
+def _binary(op: ast.operator, a: Fraction, b: Fraction) -> Fraction:
+    if isinstance(op, ast.Div | ast.FloorDiv | ast.Mod) and b == 0:
+        raise ToolError("division by zero")
+    match op:
+        case ast.Add():
+            return _number(a + b)
+        case ast.Sub():
+            return _number(a - b)
+        case ast.Mult():
+            return _number(a * b)
+        case ast.Div():
+            return _number(a / b)
+        case ast.FloorDiv():
+            return Fraction(a // b)
+        case ast.Mod():
+            return a % b
+        case ast.Pow():
+            if b.denominator != 1 or abs(b) > 1000 or (a == 0 and b < 0):
+                raise ToolError("only whole exponents up to 1000 are understood")
+            if max(abs(a.numerator).bit_length(), a.denominator.bit_length()) * abs(b) > MAX_DIGITS * 4:
+                raise ToolError("the result is too large")
+            return a ** int(b)
+        case _:
+            raise ToolError("only + - * / // % and ** are understood")
+
+
+def _integers(name: str, args: list[Fraction | str]) -> list[int]:
+    numbers = [_number(a) for a in args]
+    if not numbers or any(n.denominator != 1 for n in numbers):
+        raise ToolError(f"{name} needs whole numbers")
+    return [int(n) for n in numbers]
+
+
+def _call(name: str, args: list[Fraction | str]) -> Fraction:
+    if name == "count":
+        match args:
+            case [str() as letter, str() as text] if letter:
+                return Fraction(text.lower().count(letter.lower()))
+        raise ToolError('count needs a letter and a text: count("a", "banana")')
+    if name in ("gcd", "lcm"):
+        numbers = _integers(name, args)
+        return _number(Fraction(math.gcd(*numbers) if name == "gcd" else math.lcm(*numbers)))
+    if name == "sqrt" and len(args) == 1:
+        value = _number(args[0])
+        if value < 0:
+            raise ToolError("sqrt of a negative number")
+        root = Fraction(math.isqrt(value.numerator), math.isqrt(value.denominator))
+        return root if root * root == value else Fraction(str(math.sqrt(value)))
+    match name, [_number(a) for a in args]:
+        case "abs", [value]:
+            return abs(value)
+        case "min" | "max", [first, *rest]:
+            return (min if name == "min" else max)([first, *rest])
+        case "round", [value]:
+            return Fraction(round(value))
+        case "round", [value, digits] if digits.denominator == 1 and abs(digits) <= 100:
+            return Fraction(round(value, int(digits)))
+    raise ToolError(f"unknown function {name!r}")
+
+
+def _solve(equation: str) -> Fraction:
+    """The root of a linear equation in one unknown, from its values at 0, 1 and 2."""
+    left, eq, right = equation.partition("=")
+    if not eq or "=" in right:
+        raise ToolError("solve needs one equation: solve(3*x + 4 = 10)")
+    unknowns = {name for name in _IDENTIFIER.findall(equation) if name not in ("gcd", "lcm")}
+    if len(unknowns) != 1:
+        raise ToolError(f"solve needs exactly one unknown, got {sorted(unknowns)}")
+    (unknown,) = unknowns
+
+    def difference(x: int) -> Fraction:
+        filled = [re.sub(rf"(\d)\s*{unknown}\b", rf"\1*({x})", side) for side in (left, right)]
+        filled = [re.sub(rf"\b{unknown}\b", f"({x})", side).strip() for side in filled]
+        return _number(_evaluate(_tree(filled[0]))) - _number(_evaluate(_tree(filled[1])))
+
+    at0, at1, at2 = difference(0), difference(1), difference(2)
+    slope = at1 - at0
+    if slope == 0 or at2 - at1 != slope:
+        raise ToolError("the equation is not linear in its unknown")
+    return -at0 / slope
+
+
+def _show(value: Fraction) -> str:
+    if value.denominator == 1:
+        return str(value.numerator)
+    try:
+        shown = repr(float(value))
+    except OverflowError as exc:
+        raise ToolError("the result is too large") from exc
+    return shown

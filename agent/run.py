@@ -1,0 +1,95 @@
+"""`run_task`, the only public door of the agent: a task in, a trajectory out. Serving and evaluation use the same."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import Any
+
+from agent.graph import build_graph
+from agent.state import AgentDeps, ModelRef, RunContext, RunState
+from agent.tools import check_tools
+from agent.verify import judge_trajectory
+from memory.errors import NightschoolError, VerifierError
+from memory.records import Purpose, Recalled, Step, StopReason, Task, Trajectory, new_id, now
+
+log = logging.getLogger(__name__)
+
+
+async def run_task(
+    task: Task,
+    model: ModelRef,
+    deps: AgentDeps,
+    *,
+    purpose: Purpose,
+    sampling: dict[str, Any] | None = None,
+    trajectory_id: str | None = None,
+) -> Trajectory:
+    """Run one task on one generation.
+
+    `sampling`: OpenAI fields that override the agent's own. `trajectory_id`: with a checkpointer, a run
+    that was killed goes on at its last finished step when called again with the same id.
+
+    A task that fails is data: its error is on the trajectory. Only bugs and cancellation raise, and
+    ConfigError for an unknown tool.
+    """
+    tools = check_tools(deps.config.tools if task.tools is None else task.tools)
+    sampling = {"temperature": deps.config.temperature, "max_tokens": deps.config.max_tokens, **(sampling or {})}
+    run_id, started_at, started = trajectory_id or new_id("traj"), now(), time.monotonic()
+    context = RunContext(deps=deps, model=model, sampling=sampling, tools=tools)
+    state, error = await _drive(task, context, run_id)
+    stop = StopReason.ERROR if error else StopReason(state.get("stop_reason") or StopReason.ERROR)
+    trajectory = Trajectory(
+        id=run_id,
+        task_id=task.id,
+        tenant=task.tenant,
+        workload=task.workload,
+        purpose=purpose,
+        generation=model.generation,
+        model=model.name,
+        sampling=sampling,
+        tools=tools,
+        messages=state.get("messages") or task.messages,
+        steps=[Step.model_validate(step) for step in state.get("steps") or []],
+        recalled=[Recalled.model_validate(item) for item in state.get("recalled") or []],
+        answer=state.get("answer"),
+        stop_reason=stop,
+        error=str(error) if error else None,
+        error_type=type(error).__name__ if error else None,
+        started_at=started_at,
+        seconds=time.monotonic() - started,
+    )
+    return await _judged(task, trajectory)
+
+
+async def _drive(task: Task, context: RunContext, run_id: str) -> tuple[RunState, NightschoolError | None]:
+    """The final state, and the error that ended the run early, if one did."""
+    checkpointer = context.deps.checkpointer
+    graph = build_graph(checkpointer)
+    thread: Any = {"configurable": {"thread_id": run_id}, "recursion_limit": 4 * context.deps.config.max_turns + 10}
+    begin: Any = {"task": task.model_dump(mode="json")}
+    if checkpointer is not None and (await graph.aget_state(thread)).values:
+        begin = None
+    state: RunState = {"task": task.model_dump(mode="json")}
+    try:
+        async for update in graph.astream(begin, thread, context=context, stream_mode="values"):
+            state = update
+    except NightschoolError as exc:
+        return state, exc
+    finally:
+        if checkpointer is not None and state.get("stop_reason"):
+            # A finished run's checkpoints are dead weight: the trajectory is in the ledger.
+            await checkpointer.adelete_thread(run_id)
+    return state, None
+
+
+async def _judged(task: Task, trajectory: Trajectory) -> Trajectory:
+    if trajectory.stop_reason is StopReason.ERROR:
+        return trajectory
+    try:
+        outcome = await asyncio.to_thread(judge_trajectory, task, trajectory)
+    except VerifierError as exc:
+        log.warning("run %s could not be judged: %s", trajectory.id, exc)
+        return trajectory.model_copy(update={"error": str(exc), "error_type": "VerifierError"})
+    return trajectory.model_copy(update={"outcome": outcome})

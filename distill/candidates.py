@@ -1,0 +1,85 @@
+"""Candidates: what the recipes made, without what must not or cannot be trained on.
+
+Owns the checks of one example and the search for duplicates. Owns no caps (`distill.dataset`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+from agent.codec import wire
+from distill.recipes import load
+from distill.runs import task_messages
+from distill.snapshot import Snapshot
+from memory.records import MALFORMED, RECALLED, Example, ExampleKind, Message, content_hash, text_of
+
+
+def candidates_of(snapshot: Snapshot, recipe_names: Iterable[str], dropped: Counter[str]) -> list[Example]:
+    """The recipes' examples, in their order, without the unusable, the held-out and the duplicates.
+
+    Of two examples that teach the same, the first recipe's stays. What is left out is counted in
+    `dropped` by reason.
+    """
+    kept: dict[str, Example] = {}
+    reasons: dict[str, str | None] = {}
+    for recipe in load(recipe_names).values():
+        for example in recipe(snapshot):
+            reason = _flaw(snapshot, example)
+            if reason is None:
+                if example.task_id not in reasons:
+                    reasons[example.task_id] = snapshot.held_out_reason(snapshot.tasks[example.task_id])
+                reason = reasons[example.task_id]
+            if reason is None:
+                duplicate = kept.setdefault(_lesson(example), example) is not example
+                reason = "duplicate" if duplicate else None
+            if reason is not None:
+                dropped[reason] += 1
+    return list(kept.values())
+
+
+def _flaw(snapshot: Snapshot, example: Example) -> str | None:
+    """What keeps a recipe's example out whatever it teaches; the built-in recipes make none of these."""
+    task = snapshot.tasks.get(example.task_id)
+    if task is None:
+        return "task not in the snapshot"
+    asked = task_messages(task)
+    if example.messages[: len(asked)] != asked:
+        return "does not begin with its task"
+    turns = example.messages[len(asked) :] + (example.chosen or []) + (example.rejected or [])
+    if any(m.get("name") == RECALLED or m.get("role") == "system" for m in turns):
+        return "holds recalled or system messages"
+    if example.kind is ExampleKind.SFT:
+        if len(example.messages) == len(asked) or example.messages[-1].get("role") != "assistant":
+            return "does not end with an assistant turn"
+        if any(m.get("name") == MALFORMED for m in turns):
+            return "holds an unreadable turn"
+    else:
+        sides = (example.chosen or [], example.rejected or [])
+        if any(len(side) != 1 or side[0].get("role") != "assistant" for side in sides):
+            return "a pair's sides must be one assistant turn each"
+    try:
+        said = [text_of(m) for m in wire(turns, example.tools)]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return "cannot be rendered"
+    if example.kind is ExampleKind.DPO and said[-2] == said[-1]:
+        return "both sides say the same"
+    return None
+
+
+def _lesson(example: Example) -> str:
+    """Hash of what an example teaches; the random ids of tool calls do not make a difference."""
+
+    def plain(messages: list[Message] | None) -> list[Message] | None:
+        if messages is None:
+            return None
+        return [
+            {
+                **{key: value for key, value in message.items() if key not in ("tool_calls", "tool_call_id")},
+                "calls": [call.get("function") for call in message.get("tool_calls") or []],
+            }
+            for message in messages
+        ]
+
+    parts = (plain(example.messages), plain(example.chosen), plain(example.rejected))
+    return content_hash([example.kind, example.tenant, *parts])

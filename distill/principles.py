@@ -1,0 +1,286 @@
+"""Experience into words: principles distilled from runs, and runs worth showing again.
+
+EvolveR's self-distillation (arXiv 2510.16079 §3) with its leaks closed: the summariser sees only the
+agent's own messages, never the reference answer nor recalled text, and what it writes is checked
+before it is kept. Owns the prompt, the parser and the checks. Owns neither the store, nor scoring,
+merging and retiring (`memory`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections import Counter, defaultdict
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
+from datetime import datetime
+
+from distill.parse import SHAPE, Draft, Flaw, normal_text, parse_principle
+from distill.runs import answer_of, attempt_of, by_usefulness, run_of, task_messages
+from distill.snapshot import Snapshot
+from memory.errors import ModelError
+from memory.records import (
+    MALFORMED,
+    RECALLED,
+    FeedbackKind,
+    Message,
+    OutcomeSource,
+    PastRun,
+    Principle,
+    PrincipleKind,
+    StopReason,
+    Task,
+    Trajectory,
+    content_hash,
+    text_of,
+)
+
+Ask = Callable[[str, str | None], Awaitable[str]]
+"""(prompt, regex the reply is constrained to where the engine can) -> the reply."""
+
+LOG_CHARS = 4096
+"""A run's log is cut to this many characters in the prompt (EvolveR)."""
+
+_EXPERIENCE = re.compile(r"<experience>(.*?)</experience>", re.DOTALL)
+_INFRASTRUCTURE = (StopReason.ERROR, StopReason.CANCELLED, StopReason.TOOL_CALLS)
+
+_PROMPT = """Below is a task and what an agent did. The agent {verdict}.
+Write one general lesson in one sentence: {wanted}
+It must help with other tasks of this kind, so name no number, answer or quotation of this one.
+Then give it as triplets of subject, predicate and object. Reply with exactly these two lines:
+[DESCRIPTION]: the sentence
+[STRUCTURE]: [(subject, predicate, object), ...]
+
+{log}
+{hints}
+Your two lines:
+"""
+
+_WORDING: dict[PrincipleKind, tuple[str, str]] = {
+    PrincipleKind.GUIDING: ("solved the task", "what the agent did that made it work."),
+    PrincipleKind.CAUTIONARY: ("did not solve the task", "the mistake to avoid, and what to do instead."),
+}
+
+
+@dataclass(frozen=True)
+class DistilReport:
+    """The new principles, and reason -> how many replies were dropped for it."""
+
+    principles: list[Principle]
+    dropped: dict[str, int]
+
+
+async def distill_principles(
+    snapshot: Snapshot,
+    ask: Ask,
+    existing: Iterable[Principle] = (),
+    *,
+    limit: int = 32,
+    concurrency: int = 4,
+) -> DistilReport:
+    """One lesson for each of at most `limit` runs: guiding from successes, cautionary from failures.
+
+    Of a question at most one success and one failure are asked about, workloads in turn, half of each
+    kind where there are enough. Runs that `existing` principles came from and held-out tasks are left
+    out. Scores start unused. A reply that cannot be used, or a model call that fails, is counted in
+    `dropped`, never stored.
+    """
+    known = list(existing)
+    chosen = _worth_asking(snapshot, {source for p in known for source in p.sources}, limit)
+    gate = asyncio.Semaphore(concurrency)
+
+    async def reply_to(prompt: str) -> str | None:
+        async with gate:
+            try:
+                return await ask(prompt, SHAPE)
+            except ModelError:
+                return None
+
+    prompts = [_prompt(snapshot, trajectory, task, kind) for trajectory, task, kind in chosen]
+    replies = await asyncio.gather(*(reply_to(prompt) for prompt in prompts))
+
+    dropped: Counter[str] = Counter()
+    stored = {(p.tenant, p.kind, normal_text(p.text)) for p in known}
+    fresh: dict[tuple[str, PrincipleKind, str], Principle] = {}
+    for (trajectory, task, kind), reply in zip(chosen, replies, strict=True):
+        draft = parse_principle(reply) if reply is not None else Flaw.NO_REPLY
+        if isinstance(draft, Draft):
+            draft = _leak(draft, snapshot, trajectory, task) or draft
+        if isinstance(draft, Flaw):
+            dropped[draft.value] += 1
+            continue
+        key = (task.tenant, kind, normal_text(draft.text))
+        if key in stored:
+            dropped[Flaw.KNOWN.value] += 1
+        elif key in fresh:
+            dropped[Flaw.REPEATED.value] += 1
+            sources = sorted({*fresh[key].sources, trajectory.id})
+            fresh[key] = fresh[key].model_copy(update={"sources": sources})
+        else:
+            fresh[key] = Principle(
+                id=f"prin_{content_hash([*key])[:32]}",
+                tenant=task.tenant,
+                workload=task.workload,
+                kind=kind,
+                text=draft.text,
+                structure=draft.structure,
+                sources=[trajectory.id],
+                created_at=trajectory.started_at,
+            )
+    return DistilReport(list(fresh.values()), dict(sorted(dropped.items())))
+
+
+def past_runs(snapshot: Snapshot, existing: Iterable[PastRun] = ()) -> list[PastRun]:
+    """The runs worth showing in a prompt: own successes and trusted corrections, one for each question.
+
+    The best of a question is one that shows its work with the offered tools, then the shortest. Ids
+    come from the content and a question that `existing` already has is left out, so a second call adds
+    nothing. Held-out tasks, and tasks that lean on earlier turns of a conversation, are left out.
+    """
+    taken = {(r.tenant, r.workload, _squeeze(r.question)) for r in existing}
+    found: defaultdict[tuple[str, str, str], list[tuple[tuple[object, ...], PastRun]]] = defaultdict(list)
+
+    def offer(trajectory: Trajectory, task: Task, run: list[Message], source: str, at: datetime) -> None:
+        asked = task_messages(task)
+        if len(asked) != 1 or asked[0].get("role") != "user" or snapshot.held_out_reason(task):
+            return
+        messages = [{"role": "user", "content": text_of(asked[0])}, *run]
+        past = PastRun(
+            id=f"run_{content_hash([task.tenant, task.workload, messages])[:32]}",
+            tenant=task.tenant,
+            workload=task.workload,
+            task_id=task.id,
+            messages=messages,
+            sources=sorted({trajectory.id, source}),
+            created_at=at,
+        )
+        order = (by_usefulness(run, trajectory.tools), source)
+        found[task.tenant, task.workload, _squeeze(past.question)].append((order, past))
+
+    for trajectory, task, _ in snapshot.own_successes():
+        run = run_of(trajectory, task)
+        if run is not None:
+            offer(trajectory, task, run, trajectory.id, trajectory.started_at)
+    for trajectory, task, feedback, run in snapshot.corrections():
+        offer(trajectory, task, run, feedback.id, feedback.created_at)
+    best = {key: min(offers, key=lambda pair: pair[0])[1] for key, offers in found.items() if key not in taken}
+    return [best[key] for key in sorted(best)]
+
+
+def _worth_asking(snapshot: Snapshot, already: set[str], limit: int) -> list[tuple[Trajectory, Task, PrincipleKind]]:
+    """The runs to learn from: kinds in turn, in each kind workloads in turn, one run a question."""
+    won = {trajectory.id for trajectory, _, _ in snapshot.own_successes()}
+    asked: set[tuple[str, str, PrincipleKind]] = set()
+    groups: defaultdict[tuple[PrincipleKind, str, str], list[tuple[Trajectory, Task]]] = defaultdict(list)
+    in_order = sorted(snapshot.trajectories, key=lambda t: content_hash([snapshot.seed, t.id]))
+    for trajectory in in_order:
+        task = snapshot.tasks.get(trajectory.task_id)
+        kind = _kind(snapshot, trajectory, trajectory.id in won)
+        if task is None or kind is None or trajectory.id in already:
+            continue
+        if attempt_of(trajectory, task) is None or snapshot.held_out_reason(task):
+            continue
+        question = (task.tenant, task.fingerprint, kind)
+        if question not in asked:
+            asked.add(question)
+            groups[kind, task.tenant, task.workload].append((trajectory, task))
+    by_kind: defaultdict[PrincipleKind, list[tuple[int, str, str, Trajectory, Task]]] = defaultdict(list)
+    for (kind, tenant, workload), runs in groups.items():
+        by_kind[kind] += [(turn, tenant, workload, *run) for turn, run in enumerate(runs)]
+    turns: list[tuple[int, PrincipleKind, Trajectory, Task]] = []
+    for kind, entries in by_kind.items():
+        entries.sort(key=lambda entry: entry[:3])
+        turns += [(turn, kind, trajectory, task) for turn, (*_, trajectory, task) in enumerate(entries)]
+    turns.sort(key=lambda entry: (entry[0], entry[1] != PrincipleKind.GUIDING))
+    return [(trajectory, task, kind) for _, kind, trajectory, task in turns[:limit]]
+
+
+def _kind(snapshot: Snapshot, trajectory: Trajectory, won: bool) -> PrincipleKind | None:
+    """What a run can teach: None when nobody reliable judged it or it ended by no fault of the model."""
+    if won:
+        return PrincipleKind.GUIDING
+    outcome = snapshot.outcome(trajectory)
+    if outcome is None or outcome.success or outcome.by not in (OutcomeSource.VERIFIER, OutcomeSource.USER):
+        return None
+    return None if trajectory.stop_reason in _INFRASTRUCTURE else PrincipleKind.CAUTIONARY
+
+
+def _prompt(snapshot: Snapshot, trajectory: Trajectory, task: Task, kind: PrincipleKind) -> str:
+    verdict, wanted = _WORDING[kind]
+    log = "\n".join(line for message in trajectory.own_messages for line in _told(message))
+    if len(log) > LOG_CHARS:
+        half = LOG_CHARS // 2
+        log = f"{log[:half]}\n…\n{log[-half:]}"
+    secrets = _answers(snapshot, trajectory, task)
+    hints = [
+        f"A user's hint: {_squeeze(f.value)}"
+        for f in snapshot.said_of(trajectory)
+        if f.kind is FeedbackKind.HINT and isinstance(f.value, str) and not _gives_away(f.value, secrets)
+    ]
+    return _PROMPT.format(verdict=verdict, wanted=wanted, log=log, hints="\n".join(hints))
+
+
+def _told(message: Message) -> list[str]:
+    """A message as lines of a log."""
+    text = text_of(message)
+    if message.get("role") == "tool":
+        return [f"Result: {text}"]
+    if message.get("role") != "assistant":
+        return [f"User: {text}"]
+    if message.get("name") == MALFORMED:
+        return [f"Agent (unreadable): {text}"]
+    calls = [call["function"] for call in message.get("tool_calls") or []]
+    lines = [f"Agent calls {function['name']} with {function['arguments']}" for function in calls]
+    return [f"Agent: {text}", *lines] if text else lines
+
+
+def _answers(snapshot: Snapshot, trajectory: Trajectory, task: Task) -> list[str]:
+    """What a lesson of this run must not contain: its reference and every answer known to be right."""
+    right = [task.reference or ""]
+    right += [answer_of(run) for _, _, _, run in snapshot.corrections(of=trajectory)]
+    outcome = snapshot.outcome(trajectory)
+    if outcome is not None and outcome.success:
+        right.append(trajectory.answer or "")
+    return [answer for answer in right if answer.strip()]
+
+
+def _gives_away(text: str, answers: Iterable[str]) -> bool:
+    said = _tokens(text)
+    return any(_within(_tokens(answer), said) for answer in answers)
+
+
+def _tokens(text: str) -> list[str]:
+    """Words, numbers and signs; a lone capital letter keeps its case, so that the answer "A" is no article."""
+    tokens = re.findall(r"\d+(?:\.\d+)?|[^\W\d_]+|[^\w\s]", re.sub(r"(?<=\d),(?=\d{3}\b)", "", text))
+    return [token if len(token) == 1 else re.sub(r"\.0+$", "", token).casefold() for token in tokens]
+
+
+def _within(part: list[str], whole: list[str]) -> bool:
+    size = len(part)
+    return size > 0 and any(whole[start : start + size] == part for start in range(len(whole) - size + 1))
+
+
+def _leak(draft: Draft, snapshot: Snapshot, trajectory: Trajectory, task: Task) -> Flaw | None:
+    said = "\n".join([draft.text, *(part for triplet in draft.structure for part in triplet)])
+    if _gives_away(said, _answers(snapshot, trajectory, task)):
+        return Flaw.ANSWER
+    text = f" {normal_text(draft.text)} "
+    for line in _recalled_lines(trajectory):
+        shown = f" {normal_text(line)} "
+        if text in shown or (len(shown.split()) >= 5 and shown in text):
+            return Flaw.RECALLED
+    return None
+
+
+def _recalled_lines(trajectory: Trajectory) -> list[str]:
+    lines: list[str] = []
+    for message in trajectory.messages:
+        if message.get("name") == RECALLED:
+            lines.append(text_of(message))
+        elif message.get("role") == "system":
+            lines += [line for block in _EXPERIENCE.findall(text_of(message)) for line in block.splitlines()]
+    return lines
+
+
+def _squeeze(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,44 @@
+"""Recipes: pure functions from a snapshot to training examples, found by name.
+
+A recipe emits the task's own messages and the run, nothing from memory and no system prompt:
+`distill.dataset` puts the prompt in front as it is served. Others are added by packages through the
+entry point group `nightschool.recipes`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from importlib.metadata import entry_points
+
+from distill.recipes.contrast import contrast
+from distill.recipes.corrections import corrections
+from distill.recipes.successes import successes
+from distill.snapshot import Snapshot
+from memory.errors import ConfigError, boundary
+from memory.records import Example
+
+Recipe = Callable[[Snapshot], Iterable[Example]]
+
+GROUP = "nightschool.recipes"
+
+RECIPES: dict[str, Recipe] = {"corrections": corrections, "successes": successes, "contrast": contrast}
+"""The built-in recipes, in the order of their say when two examples teach the same."""
+
+
+def load(names: Iterable[str]) -> dict[str, Recipe]:
+    """The recipes of these names, in this order; a built-in one cannot be replaced.
+
+    Raises ConfigError for an unknown name, listing the known ones, and for a recipe that fails to load.
+    """
+    installed = {point.name: point for point in entry_points(group=GROUP)}
+    loaded: dict[str, Recipe] = {}
+    for name in names:
+        if name in RECIPES:
+            loaded[name] = RECIPES[name]
+        elif name in installed:
+            with boundary(ConfigError, f"the recipe {name!r} cannot be loaded"):
+                loaded[name] = installed[name].load()
+        else:
+            known = ", ".join(sorted({*RECIPES, *installed}))
+            raise ConfigError(f"unknown recipe {name!r}; known: {known}")
+    return loaded

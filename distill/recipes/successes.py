@@ -1,0 +1,48 @@
+"""`successes`: the agent's own runs that got full marks, as SFT examples.
+
+Rejection sampling: pool all successful runs, keep the distinct ones, fine-tune on them (RLoop, arXiv
+2511.04285; ReST-MCTS*, arXiv 2406.03816, keeps only traces that end in the right answer). Own
+successes also forget least: they are the model's own text (arXiv 2507.05386).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+
+from distill.runs import actions_of, by_usefulness, run_of, task_messages
+from distill.snapshot import Snapshot, score_of
+from memory.records import Example, ExampleKind, FeedbackKind, OutcomeSource
+
+PER_TASK = 4
+"""Distinct successes kept for one question."""
+
+
+def successes(snapshot: Snapshot) -> Iterator[Example]:
+    """The distinct successes of each question, runs that show their work first, then the shortest."""
+    found: defaultdict[tuple[str, str], list[tuple[tuple[object, ...], Example]]] = defaultdict(list)
+    for trajectory, task, outcome in snapshot.own_successes():
+        run = run_of(trajectory, task)
+        if run is None:
+            continue
+        sources = [trajectory.id]
+        if outcome.by is OutcomeSource.USER:
+            said = snapshot.said_of(trajectory)
+            sources += [f.id for f in said if f.kind is FeedbackKind.SCORE and (score_of(f.value) or 0.0) >= 0.5]
+        example = Example(
+            recipe="successes",
+            kind=ExampleKind.SFT,
+            tenant=task.tenant,
+            workload=task.workload,
+            task_id=task.id,
+            tools=trajectory.tools,
+            messages=task_messages(task) + run,
+            sources=sources,
+        )
+        order = (by_usefulness(run, trajectory.tools), actions_of(run), trajectory.id)
+        found[task.tenant, task.fingerprint].append((order, example))
+    for key in sorted(found):
+        kept: dict[object, Example] = {}
+        for order, example in sorted(found[key], key=lambda pair: pair[0]):
+            kept.setdefault(order[1], example)
+        yield from list(kept.values())[:PER_TASK]

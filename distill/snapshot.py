@@ -1,0 +1,214 @@
+"""What a night learns from, frozen: the runs, the trusted feedback, their tasks, what is held out.
+
+Owns the order (by id, whatever order the records came in), how well a run went all things said, and
+which tasks are held out. Owns no decision of what may teach (`distill.credit`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from distill.runs import answer_of, corrected_run
+from memory.records import (
+    Feedback,
+    FeedbackKind,
+    Message,
+    Outcome,
+    OutcomeSource,
+    Purpose,
+    StopReason,
+    Task,
+    Trajectory,
+    Trust,
+    text_of,
+)
+
+NEAR_DUPLICATE = 0.9
+"""Jaccard similarity of two questions' tokens from which on they are the same question."""
+
+_TOKEN = re.compile(r"\d+(?:\.\d+)?|[^\W\d_]+|[-+*/^=<>%]")
+_DIGIT_COMMA = re.compile(r"(?<=\d),(?=\d{3}\b)")
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A night's material. Records are sorted by id; evaluation runs, untrusted feedback and what
+    crosses tenants are left out.
+
+    `held_out` are fingerprints of tasks that must never teach. `held_out_tasks` are the tasks
+    themselves where at hand: they also catch near-duplicates, and join `held_out` by themselves.
+    """
+
+    trajectories: list[Trajectory]
+    feedback: list[Feedback]
+    tasks: dict[str, Task]
+    held_out: frozenset[str] = frozenset()
+    seed: int = 0
+    held_out_tasks: list[Task] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        tenants = {task.id: task.tenant for task in self.tasks.values()}
+        serve = {
+            t.id: t
+            for t in self.trajectories
+            if t.purpose is Purpose.SERVE and tenants.get(t.task_id, t.tenant) == t.tenant
+        }
+        trusted = {
+            f.id: f
+            for f in self.feedback
+            if f.trust is Trust.TRUSTED and (f.trajectory_id not in serve or serve[f.trajectory_id].tenant == f.tenant)
+        }
+        held_out_tasks = {t.id: t for t in self.held_out_tasks}
+        fingerprints = self.held_out | {t.fingerprint for t in self.held_out_tasks}
+        for name, value in (
+            ("trajectories", [serve[id] for id in sorted(serve)]),
+            ("feedback", [trusted[id] for id in sorted(trusted)]),
+            ("tasks", {id: self.tasks[id] for id in sorted(self.tasks)}),
+            ("held_out_tasks", [held_out_tasks[id] for id in sorted(held_out_tasks)]),
+            ("held_out", frozenset(fingerprints)),
+        ):
+            object.__setattr__(self, name, value)
+
+    def said_of(self, trajectory: Trajectory) -> list[Feedback]:
+        """The trusted feedback on a run."""
+        return self._feedback_by_run.get(trajectory.id, [])
+
+    def outcome(self, trajectory: Trajectory) -> Outcome | None:
+        """`outcome_of` with this snapshot's feedback."""
+        return outcome_of(trajectory, self.said_of(trajectory))
+
+    def corrections(self, of: Trajectory | None = None) -> Iterator[tuple[Trajectory, Task, Feedback, list[Message]]]:
+        """The trusted corrections (of one run), each with the whole run it stands for."""
+        for trajectory in self.trajectories if of is None else [of]:
+            task = self.tasks.get(trajectory.task_id)
+            if task is None:
+                continue
+            for feedback in corrections_of(trajectory, self.said_of(trajectory)):
+                try:
+                    yield trajectory, task, feedback, corrected_run(feedback.value, task, trajectory.tools)
+                except ValueError:
+                    # `credit` rejects these; one trusted by hand in spite of it has nothing to show.
+                    continue
+
+    def own_successes(self) -> Iterator[tuple[Trajectory, Task, Outcome]]:
+        """The runs that ended in an answer with full marks, by a verifier or by users."""
+        for trajectory in self.trajectories:
+            task, outcome = self.tasks.get(trajectory.task_id), self.outcome(trajectory)
+            if task is None or outcome is None or trajectory.stop_reason is not StopReason.ANSWER:
+                continue
+            if outcome.success and outcome.by in (OutcomeSource.VERIFIER, OutcomeSource.USER):
+                yield trajectory, task, outcome
+
+    def held_out_reason(self, task: Task) -> str | None:
+        """Why this task must not teach: its id, what it asks, or nearly that; None when it may."""
+        if task.id in self._held_out_ids:
+            return "held out: the task itself"
+        if task.fingerprint in self.held_out:
+            return "held out: the same question"
+        asked = [_words(text_of(m)) for m in task.messages if m.get("role") == "user"]
+        if any(_same_question(words, held) for words in asked for held in self._held_out_words):
+            return "held out: nearly the same question"
+        return None
+
+    @cached_property
+    def _feedback_by_run(self) -> dict[str, list[Feedback]]:
+        by_run: defaultdict[str, list[Feedback]] = defaultdict(list)
+        for feedback in self.feedback:
+            by_run[feedback.trajectory_id].append(feedback)
+        return by_run
+
+    @cached_property
+    def _held_out_known(self) -> list[Task]:
+        stored = [t for t in self.tasks.values() if t.fingerprint in self.held_out]
+        return self.held_out_tasks + stored
+
+    @cached_property
+    def _held_out_ids(self) -> frozenset[str]:
+        return frozenset(t.id for t in self._held_out_known)
+
+    @cached_property
+    def _held_out_words(self) -> list[tuple[frozenset[str], Counter[str]]]:
+        distinct = {t.question: None for t in self._held_out_known}
+        return [words for words in map(_words, distinct) if words[0]]
+
+
+def outcome_of(trajectory: Trajectory, feedback: Iterable[Feedback]) -> Outcome | None:
+    """The best supported judgement of a run: verifier, then users, then teacher or critic.
+
+    Users: the mean of each author's last trusted score in 0..1, so full marks need agreement. A trusted
+    correction with another answer is a score of 0 (DRIFT, arXiv 2510.02341: a complaint is a
+    verdict). None when nobody judged.
+    """
+    own = trajectory.outcome
+    if own is not None and own.by is OutcomeSource.VERIFIER:
+        return own
+    scores: dict[str, float] = {}
+    for said in sorted(feedback, key=_by_time):
+        if said.trajectory_id != trajectory.id or said.trust is not Trust.TRUSTED:
+            continue
+        score = score_of(said.value) if said.kind is FeedbackKind.SCORE else None
+        if said.kind is FeedbackKind.CORRECTION and _other_answer(said.value, trajectory.answer):
+            score = 0.0
+        if score is not None:
+            scores[said.author] = score
+    if not scores:
+        return own
+    mean = sum(scores.values()) / len(scores)
+    agreeing = sum((score >= 0.5) == (mean >= 0.5) for score in scores.values())
+    # Laplace-smoothed share of authors that agree: one voice alone is two thirds sure.
+    return Outcome(score=mean, by=OutcomeSource.USER, confidence=(agreeing + 1) / (len(scores) + 2))
+
+
+def corrections_of(trajectory: Trajectory, feedback: Iterable[Feedback]) -> list[Feedback]:
+    """The trusted corrections of a run, oldest first; of one author only the last word counts."""
+    last: dict[str, Feedback] = {}
+    for said in sorted(feedback, key=_by_time):
+        if said.trajectory_id != trajectory.id or said.trust is not Trust.TRUSTED:
+            continue
+        if said.kind is FeedbackKind.CORRECTION:
+            last[said.author] = said
+    return sorted(last.values(), key=_by_time)
+
+
+def score_of(value: Any) -> float | None:
+    """A score feedback's value in 0..1; None when it is neither a boolean nor a number in 0..1."""
+    if isinstance(value, (bool, int, float)) and 0.0 <= value <= 1.0:
+        return float(value)
+    return None
+
+
+def _by_time(feedback: Feedback) -> tuple[float, str]:
+    return feedback.created_at.timestamp(), feedback.id
+
+
+def _other_answer(value: Any, answer: str | None) -> bool:
+    if isinstance(value, list) and value and isinstance(value[-1], dict):
+        value = answer_of(value)
+    return isinstance(value, str) and " ".join(value.split()) != " ".join((answer or "").split())
+
+
+def _words(text: str) -> tuple[frozenset[str], Counter[str]]:
+    """(the distinct tokens, how often each number occurs); `1,000` is one number."""
+    tokens = _TOKEN.findall(_DIGIT_COMMA.sub("", text.casefold()))
+    return frozenset(tokens), Counter(token for token in tokens if token[0].isdigit())
+
+
+def _same_question(
+    one: tuple[frozenset[str], Counter[str]],
+    other: tuple[frozenset[str], Counter[str]],
+) -> bool:
+    """Nearly the same words, and no number of its own on either side.
+
+    The second rule keeps a family with a long template apart: there two tasks share nearly all
+    words and differ in the numbers.
+    """
+    (words, numbers), (held_words, held_numbers) = one, other
+    shared = len(words & held_words)
+    if shared < NEAR_DUPLICATE * (len(words) + len(held_words) - shared):
+        return False
+    return numbers <= held_numbers or held_numbers <= numbers

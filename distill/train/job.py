@@ -1,0 +1,229 @@
+"""A training run from its job to its adapter: SFT, then DPO, interruptible at any moment.
+
+Owns the order of the phases, what is kept between attempts (`<out_dir>.work/`) and the one rename that
+makes the result visible. Runs inside the trainer process (`python -m distill.train`).
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from distill.train.config import RESULT, TrainConfig, TrainJob, TrainResult, finished
+from distill.train.dpo import check_reference, dpo_trainer
+from distill.train.fast import skippable
+from distill.train.model import load_policy, load_tokenizer, save_adapter
+from distill.train.progress import Progress, last_checkpoint, write_whole
+from distill.train.render import Pair, Row, read_examples, render_pair, render_row
+from distill.train.sft import sft_trainer, steps_of
+from memory.errors import TrainingError
+from memory.records import ExampleKind, content_hash
+
+
+@dataclass
+class Data:
+    """What a dataset folder gives a run."""
+
+    rows: list[Row]
+    pairs: list[Pair]
+    too_long: int
+
+
+@dataclass
+class Tally:
+    """What the phases measured."""
+
+    losses: dict[str, list[float]] = field(default_factory=dict)
+    reference_loss: float | None = None
+    loop_tokens: int = 0
+    loop_seconds: float = 0.0
+
+
+def train(job: TrainJob) -> TrainResult:
+    """Run a job, or go on with it from its last checkpoint, or return the result it already has.
+
+    Raises TrainingError for data, models or settings that cannot be trained with.
+    """
+    done = finished(job)
+    if done is not None:
+        return done
+    if job.out_dir.exists():
+        raise TrainingError(f"{job.out_dir} exists and is no finished run; remove it or choose another folder")
+    progress = Progress(job.progress_path)
+    tokenizer = load_tokenizer(job.base_model)
+    data = load_data(job, tokenizer)
+    _discard_other_work(job, progress.main)
+    if job.config.processes > 1:
+        from accelerate import PartialState
+
+        PartialState().wait_for_everyone()
+    config, note = _profile(job)
+    _plan(progress, job, data, config)
+    figures = {"profile": config.profile, "rows": len(data.rows), "pairs": len(data.pairs), "too_long": data.too_long}
+    progress.say("start", steps=progress.steps, **figures, note=note)
+
+    tally = Tally()
+    policy = job.parent_adapter
+    if data.rows:
+        policy = _phase("sft", job, config, tokenizer, data, policy, progress, tally)
+    progress.offset = steps_of(len(data.rows), config.batch_size, config.epochs, config)
+    progress.tokens_before = sum(len(r.input_ids) for r in data.rows) * config.epochs
+    if data.pairs:
+        policy = _phase("dpo", job, config, tokenizer, data, policy, progress, tally)
+    assert policy is not None
+    result = _result(job, config, note, data, progress, tally)
+    if progress.main:
+        _publish(job, policy, result)
+        progress.say("done", step=progress.steps, steps=progress.steps, tokens=result.tokens, eta_s=0.0)
+    return result
+
+
+def load_data(job: TrainJob, tokenizer: Any) -> Data:
+    """Rows and pairs of a job's dataset as token ids. Raises TrainingError when nothing is left to learn."""
+    config = job.config
+    rows = [render_row(e, tokenizer) for e in read_examples(job.dataset_dir / "sft.jsonl", ExampleKind.SFT)]
+    pairs = []
+    if config.dpo_epochs:
+        pairs = [render_pair(e, tokenizer) for e in read_examples(job.dataset_dir / "dpo.jsonl", ExampleKind.DPO)]
+    kept_rows = [r for r in rows if len(r.input_ids) <= config.max_length]
+    kept_pairs = [p for p in pairs if p.longest <= config.max_length]
+    too_long = len(rows) + len(pairs) - len(kept_rows) - len(kept_pairs)
+    if not kept_rows and not kept_pairs:
+        why = f"all {too_long} examples are longer than {config.max_length} tokens" if too_long else "no examples"
+        raise TrainingError(f"nothing to train on in {job.dataset_dir}: {why}")
+    return Data(kept_rows, kept_pairs, too_long)
+
+
+def _profile(job: TrainJob) -> tuple[TrainConfig, str]:
+    """The settings with a profile that the base model's architecture can do, and why if it is another one."""
+    if job.config.profile != "upper-cached":
+        return job.config, ""
+    from types import SimpleNamespace
+
+    from transformers import AutoConfig
+
+    architecture = AutoConfig.from_pretrained(str(job.base_model))
+    if skippable(SimpleNamespace(config=architecture)):
+        return job.config, ""
+    note = f"profile upper-cached does not know architecture {architecture.model_type}: training with upper"
+    return job.config.model_copy(update={"profile": "upper"}), note
+
+
+def _plan(progress: Progress, job: TrainJob, data: Data, config: TrainConfig) -> None:
+    """Tell the progress how long the run is and how much of it earlier attempts have done."""
+    progress.steps = steps_of(len(data.rows), config.batch_size, config.epochs, config)
+    progress.steps += steps_of(len(data.pairs), config.dpo_batch_size, config.dpo_epochs, config)
+    for phase in ("dpo", "sft"):
+        checkpoint = last_checkpoint(job.work_dir / phase)
+        if checkpoint is not None:
+            progress.seconds_before = checkpoint[1]
+            return
+        measured = job.work_dir / f"{phase}.json"
+        if measured.is_file():
+            progress.seconds_before = json.loads(measured.read_text())["seconds"]
+            return
+
+
+def _phase(
+    phase: str,
+    job: TrainJob,
+    config: TrainConfig,
+    tokenizer: Any,
+    data: Data,
+    policy: Path | None,
+    progress: Progress,
+    tally: Tally,
+) -> Path:
+    """Train one phase on top of `policy`; returns the adapter folder it left, at once when it is there."""
+    adapter, measured = job.work_dir / f"{phase}-adapter", job.work_dir / f"{phase}.json"
+    if not (adapter.is_dir() and measured.is_file()):
+        folder = job.work_dir / phase
+        model = load_policy(job.base_model, policy, config, tokenizer.pad_token_id)
+        reference = None
+        if phase == "sft":
+            trainer = sft_trainer(model, tokenizer, data.rows, config, folder, progress)
+        else:
+            trainer = dpo_trainer(model, tokenizer, data.pairs, config, folder, progress)
+            reference = trainer.starting_loss()
+            check_reference(reference, tolerance=0.02 if trainer.args.bf16 else 1e-3)
+        checkpoint = last_checkpoint(folder) if config.checkpoint_steps else None
+        seen, began = _tokens_at(checkpoint), time.monotonic()
+        trainer.train(resume_from_checkpoint=str(checkpoint[0]) if checkpoint else None)
+        tally.loop_tokens += int(trainer.state.num_input_tokens_seen) - seen
+        tally.loop_seconds += time.monotonic() - began
+        if progress.main:
+            save_adapter(trainer.accelerator.unwrap_model(trainer.model), adapter)
+            losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+            kept = {"losses": losses, "reference_loss": reference, "seconds": progress.seconds}
+            write_whole(measured, json.dumps(kept))
+            shutil.rmtree(folder, ignore_errors=True)
+        trainer.accelerator.wait_for_everyone()
+        del trainer, model
+        gc.collect()
+    kept = json.loads(measured.read_text())
+    tally.losses[phase] = kept["losses"]
+    tally.reference_loss = kept["reference_loss"]
+    return adapter
+
+
+def _tokens_at(checkpoint: tuple[Path, float] | None) -> int:
+    """Tokens that a phase had seen at a checkpoint."""
+    if checkpoint is None:
+        return 0
+    return int(json.loads((checkpoint[0] / "trainer_state.json").read_text())["num_input_tokens_seen"])
+
+
+def _result(
+    job: TrainJob, config: TrainConfig, note: str, data: Data, progress: Progress, tally: Tally
+) -> TrainResult:
+    tokens = sum(len(r.input_ids) for r in data.rows) * config.epochs
+    tokens += sum(p.tokens for p in data.pairs) * config.dpo_epochs
+    trained = sum(r.trained for r in data.rows) * config.epochs + sum(p.trained for p in data.pairs) * config.dpo_epochs
+    return TrainResult(
+        adapter_dir=job.out_dir,
+        profile=config.profile,
+        note=note,
+        sft_rows=len(data.rows),
+        dpo_pairs=len(data.pairs),
+        too_long=data.too_long,
+        losses=tally.losses,
+        tokens=tokens,
+        trained_tokens=trained,
+        mask_share=trained / tokens,
+        seconds=progress.seconds,
+        tokens_per_s=tally.loop_tokens / tally.loop_seconds if tally.loop_seconds else 0.0,
+        reference_loss=tally.reference_loss,
+        config=job.config,
+    )
+
+
+def _publish(job: TrainJob, adapter: Path, result: TrainResult) -> None:
+    """Make the run's folder visible, complete, by one rename."""
+    ready = job.work_dir / "ready"
+    shutil.rmtree(ready, ignore_errors=True)
+    shutil.copytree(adapter, ready)
+    write_whole(ready / RESULT, result.model_dump_json(indent=2))
+    os.rename(ready, job.out_dir)
+
+
+def _discard_other_work(job: TrainJob, main: bool) -> None:
+    """Forget checkpoints that were made from other data, settings or models than this job's."""
+    key_file = job.work_dir / "key"
+    files = [job.dataset_dir / name for name in ("sft.jsonl", "dpo.jsonl")]
+    texts = [f.read_text(encoding="utf-8") if f.is_file() else "" for f in files]
+    settings = job.config.model_dump(exclude={"threads", "checkpoint_steps", "cache_ram_mb"})
+    key = content_hash([settings, str(job.base_model), str(job.parent_adapter), texts])
+    if not main or (key_file.is_file() and key_file.read_text() == key):
+        return
+    for phase in ("sft", "dpo"):
+        shutil.rmtree(job.work_dir / phase, ignore_errors=True)
+        shutil.rmtree(job.work_dir / f"{phase}-adapter", ignore_errors=True)
+        (job.work_dir / f"{phase}.json").unlink(missing_ok=True)
+    job.work_dir.mkdir(parents=True, exist_ok=True)
+    write_whole(key_file, key)

@@ -1,0 +1,155 @@
+"""Examples as token ids, with the loss on what the assistant said and nothing else.
+
+Owns reading the dataset files and the rule of what is trained on. The text comes from `agent.codec`
+and the model's own chat template, exactly as it is served; no text is composed here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from memory.errors import TrainingError, boundary
+from memory.records import RECALLED, Example, ExampleKind, Message, text_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORE = -100
+"""The label of a token that carries no loss (PyTorch's convention)."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One SFT example: `labels` repeats `input_ids` where the loss falls and is `IGNORE` elsewhere."""
+
+    input_ids: list[int]
+    labels: list[int]
+    weight: float
+
+    @property
+    def trained(self) -> int:
+        """Tokens with loss."""
+        return sum(label != IGNORE for label in self.labels)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One DPO example: two answers to the same prompt."""
+
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+    weight: float
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the prompt and its longer answer."""
+        return len(self.prompt_ids) + max(len(self.chosen_ids), len(self.rejected_ids))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that one epoch runs through the model."""
+        return 2 * len(self.prompt_ids) + self.trained
+
+    @property
+    def trained(self) -> int:
+        """Tokens with loss."""
+        return len(self.chosen_ids) + len(self.rejected_ids)
+
+
+def read_examples(path: Path, kind: ExampleKind) -> list[Example]:
+    """The examples of a dataset file, in its order; [] when there is no such file.
+
+    Raises TrainingError naming the line that is no example of `kind`.
+    """
+    if not path.is_file():
+        return []
+    examples = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        with boundary(TrainingError, f"{path}:{number} is not an example; build the dataset again"):
+            example = Example.model_validate_json(line)
+        if example.kind is not kind:
+            raise TrainingError(f"{path}:{number} holds a {example.kind} example; this file is for {kind} only")
+        examples.append(example)
+    return examples
+
+
+def render_row(example: Example, tokenizer: PreTrainedTokenizerBase) -> Row:
+    """Token ids and labels of an SFT example.
+
+    The loss falls on every assistant message that memory did not put there: all of its content and
+    the token that ends its turn, and nothing after it. Raises TrainingError when that leaves no token,
+    or when the chat template renders a turn differently once others follow it.
+    """
+    messages = _plain(example.messages, example)
+    input_ids = _ids(messages, tokenizer)
+    labels = [IGNORE] * len(input_ids)
+    for index, message in enumerate(example.messages):
+        if message.get("role") != "assistant" or message.get("name") == RECALLED:
+            continue
+        start, end = _turn(messages[: index + 1], tokenizer, input_ids, example)
+        labels[start:end] = input_ids[start:end]
+    row = Row(input_ids, labels, example.weight)
+    if row.trained == 0:
+        raise TrainingError(f"example {example.id} has no assistant turn of its own: there is nothing to learn from it")
+    return row
+
+
+def render_pair(example: Example, tokenizer: PreTrainedTokenizerBase) -> Pair:
+    """Token ids of a DPO example: its prompt as served, and both answers up to the end of their turn.
+
+    Raises TrainingError when an answer is missing, is not one assistant turn, or when both are the same.
+    """
+    answers = []
+    prompt_ids: list[int] = []
+    for name, answer in (("chosen", example.chosen), ("rejected", example.rejected)):
+        if not answer or len(answer) != 1 or answer[0].get("role") != "assistant":
+            raise TrainingError(f"example {example.id}: `{name}` must be exactly one assistant message")
+        messages = _plain([*example.messages, *answer], example)
+        input_ids = _ids(messages, tokenizer)
+        start, end = _turn(messages, tokenizer, input_ids, example)
+        prompt_ids = input_ids[:start]
+        answers.append(input_ids[start:end])
+    chosen, rejected = answers
+    if chosen == rejected:
+        raise TrainingError(f"example {example.id}: chosen and rejected are the same text, which prefers nothing")
+    return Pair(prompt_ids, chosen, rejected, example.weight)
+
+
+def _plain(messages: list[Message], example: Example) -> list[Message]:
+    """Messages as role and content only, in the text form that the served model speaks."""
+    if example.tools:
+        from agent.codec import wire
+
+        messages = wire(messages, example.tools)
+    return [{"role": m["role"], "content": text_of(m)} for m in messages]
+
+
+def _ids(messages: list[Message], tokenizer: PreTrainedTokenizerBase, prompt: bool = False) -> list[int]:
+    """Token ids of a conversation by the chat template; with `prompt`, up to where the assistant begins."""
+    with boundary(TrainingError, "the model's chat template refused a conversation"):
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+        return tokenizer(text, add_special_tokens=False)["input_ids"]  # pyright: ignore[reportReturnType, reportArgumentType]
+
+
+def _turn(
+    upto: list[Message], tokenizer: PreTrainedTokenizerBase, whole: list[int], example: Example
+) -> tuple[int, int]:
+    """Where the last message of `upto` begins and ends within the token ids of the whole conversation."""
+    if len(upto) < 2:
+        raise TrainingError(f"example {example.id} begins with an assistant turn; put a user or system message first")
+    head, tail = _ids(upto[:-1], tokenizer, prompt=True), _ids(upto, tokenizer)
+    if tail[: len(head)] != head or whole[: len(tail)] != tail:
+        raise TrainingError(
+            f"example {example.id}: the chat template renders turn {len(upto) - 1} differently as a prompt and in the "
+            "whole conversation, so its tokens cannot be told apart; use a template that only appends"
+        )
+    enders = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    for end in range(len(tail), len(head), -1):
+        if tail[end - 1] in enders:
+            return len(head), end
+    raise TrainingError(f"example {example.id}: the chat template does not end an assistant turn with a special token")

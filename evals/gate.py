@@ -1,0 +1,273 @@
+"""The gate: whether a candidate generation may replace the champion. Pure: records in, decision out.
+
+Owns the rule and its sentences. Owns no running of tasks (`evals.runner`) and no promotion (`serve`).
+
+The rule, with the defaults:
+
+1. Gain. Over all held-out tasks, paired task by task, the one-sided 95% lower bound of the difference
+   is above 0 and the exact McNemar test agrees (p < 0.05). The second condition is there because a
+   bootstrap of few tasks is too sure of itself: three wins in 24 tasks have a lower bound above 0 and
+   p = 0.125. No gain seen at all, identical outcomes included, is `reject`; a gain that is seen and
+   not proven is `not_enough_evidence`.
+2. Controls. The design asks that no control's lower bound be under its margin. With 24 tasks and a
+   margin of 10 points that refuses nearly every adapter that changed two answers, so a gate that
+   could be satisfied would never be tried. Instead each control suite is judged in two steps:
+   - an observed net loss above the margin rejects, proven or not. Whoever wants the benefit of the
+     doubt must bring more control tasks, not a wider margin. At 24 tasks (three lost net) this
+     catches a true loss of 37 points (the spike: chat 7/8 to 4/8) 99.9% of the time, of 20 points
+     89%, of 10 points 44%; a harmless change that flips 3% of the answers each way is refused 2% of
+     the time, at 40 tasks 0.3%.
+   - within the margin, a loss of `control_slack` margins (25 points) must be implausible: the
+     one-sided 95% lower bound lies above it. Many flips that happen to cancel out do not pass as
+     calm; few tasks with few flips do. Otherwise `not_enough_evidence`.
+   A loss that stays within the margin is allowed: that is what a margin is.
+3. Sight. A control on which the champion's own success rate is not above the margin can never lose
+   that much: it is listed as blind and counts for nothing. At least one control must see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from evals.stats import Difference, paired_difference
+from memory.errors import ConfigError
+from memory.records import Evaluation, TaskOutcome
+
+Verdict = Literal["promote", "reject", "not_enough_evidence"]
+Pair = tuple[Evaluation, Evaluation]
+"""The champion's and the candidate's evaluation of one suite."""
+
+
+class GateConfig(BaseModel):
+    """What counts as better, and how much may be lost elsewhere."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    level: float = Field(default=0.95, gt=0.5, lt=1.0)
+    """Confidence of every bound."""
+    min_tasks: int = Field(default=24, ge=1)
+    """Fewer held-out tasks decide nothing."""
+    min_control_tasks: int = Field(default=12, ge=1)
+    """A smaller control suite cannot clear a candidate; it can still convict one."""
+    control_margin: float = Field(default=0.10, ge=0.0, lt=1.0)
+    """Largest net loss of success allowed on a control suite, in 0..1."""
+    control_margins: dict[str, float] = Field(default_factory=dict)
+    """Margins of single suites by name."""
+    control_slack: float = Field(default=2.5, ge=1.0)
+    """A loss of this many margins must be implausible."""
+    require_controls: bool = True
+    """Without a control suite that can show a loss nothing is promoted."""
+
+    def margin(self, suite: str) -> float:
+        """The margin of a control suite, in 0..1."""
+        return self.control_margins.get(suite, self.control_margin)
+
+
+class GateRow(BaseModel):
+    """One line of the gate's table: a suite, or one workload of a held-out suite."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    suite: str
+    role: Literal["held_out", "control"]
+    workload: str | None = None
+    """None: the whole suite; for held-out tasks the whole of all suites."""
+    n: int
+    champion: int
+    """Tasks with full marks."""
+    candidate: int
+    points: float
+    low: float
+    """One-sided lower bound of the difference at the gate's level, in points."""
+    high: float
+    p_value: float
+    """Exact, one-sided: that the candidate is better."""
+    margin: float | None = None
+    """Allowed net loss in points, for control suites."""
+    state: Literal["better", "same", "unproven", "worse", "held", "lost", "unclear", "blind", "part"]
+    """Held-out: better, same, unproven, worse. Control: held, lost, unclear, blind. `part`: not judged alone."""
+
+
+class GateDecision(BaseModel):
+    """The verdict, one sentence with numbers for every reason, and the table behind them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    verdict: Verdict
+    reasons: list[str]
+    table: list[GateRow]
+
+
+def decide(held_out: Sequence[Pair], controls: Sequence[Pair], config: GateConfig | None = None) -> GateDecision:
+    """Judge a candidate by evaluations of the same suites under the same settings.
+
+    Raises: ConfigError when a pair differs in suite, content hash, role, task keys, settings or memory,
+    or when a suite is given in the wrong role: such a comparison means nothing.
+    """
+    config = config or GateConfig()
+    gain, gain_verdict, gain_reason = _judge_gain(held_out, config)
+    parts = _workload_rows(held_out, config)
+    judged = [_judge_control(pair, config) for pair in controls]
+    verdicts: list[Verdict] = [gain_verdict, *(verdict for _, verdict, _ in judged)]
+    reasons = [gain_reason, *(_workload_warning(row) for row in parts if row.high < 0)]
+    reasons += [reason for _, _, reason in judged]
+    if config.require_controls and all(row.state == "blind" for row, _, _ in judged):
+        verdicts.append("not_enough_evidence")
+        seen = "Every control suite is one the champion fails itself" if judged else "No control suite was run"
+        reasons.append(f"{seen}, so forgetting could not have been seen.")
+    order: list[Verdict] = ["reject", "not_enough_evidence", "promote"]
+    return GateDecision(
+        verdict=min(verdicts, key=order.index),
+        reasons=reasons,
+        table=[gain, *parts, *(row for row, _, _ in judged)],
+    )
+
+
+def pair_outcomes(a: Evaluation, b: Evaluation, *, same_settings: bool = True) -> list[tuple[TaskOutcome, TaskOutcome]]:
+    """The outcomes of two evaluations of one suite, task by task, in the order of their keys.
+
+    `same_settings=False` allows other settings and memory: for reports, never for a decision.
+    Raises: ConfigError when the evaluations are not of the same tasks (or settings).
+    """
+    names = f"generation {a.generation} and {b.generation} on {a.suite!r}"
+    checks: list[tuple[str, object, object]] = [
+        ("suite", a.suite, b.suite),
+        ("suite hash", a.suite_hash, b.suite_hash),
+        ("role", a.role, b.role),
+    ]
+    if same_settings:
+        checks += [("settings", a.settings, b.settings), ("memory", a.memory, b.memory)]
+        if a.memory and b.memory:
+            checks.append(("memory watermark", a.memory_watermark, b.memory_watermark))
+    for what, of_a, of_b in checks:
+        if of_a != of_b:
+            raise ConfigError(f"cannot compare {names}: {what} differs ({of_a!r} and {of_b!r}); evaluate both again")
+    by_key_a, by_key_b = _by_key(a), _by_key(b)
+    if by_key_a.keys() != by_key_b.keys():
+        odd = sorted(by_key_a.keys() ^ by_key_b.keys())
+        raise ConfigError(f"cannot compare {names}: {len(odd)} task keys are in one only, e.g. {odd[0]!r}")
+    return [(by_key_a[key], by_key_b[key]) for key in sorted(by_key_a)]
+
+
+def _by_key(evaluation: Evaluation) -> dict[str, TaskOutcome]:
+    found = {o.key: o for o in evaluation.outcomes}
+    if len(found) != len(evaluation.outcomes):
+        raise ConfigError(f"evaluation {evaluation.id} of {evaluation.suite!r} holds a task key twice")
+    return found
+
+
+def _pairs(evaluations: Iterable[Pair], role: str) -> list[tuple[str, TaskOutcome, TaskOutcome]]:
+    found = []
+    for champion, candidate in evaluations:
+        if champion.role != role:
+            raise ConfigError(f"suite {champion.suite!r} is {champion.role}, it was given as {role}")
+        found += [(champion.suite, a, b) for a, b in pair_outcomes(champion, candidate)]
+    return found
+
+
+def _judge_gain(evaluations: Sequence[Pair], config: GateConfig) -> tuple[GateRow, Verdict, str]:
+    pairs = _pairs(evaluations, "held_out")
+    strata = [f"{suite}/{a.workload}" for suite, a, _ in pairs]
+    row = _row("+".join(c.suite for c, _ in evaluations) or "held-out", "held_out", pairs, config, strata=strata)
+    told = _told(row, "Held-out success", config)
+    p_text = "p < 0.001" if row.p_value < 0.001 else f"p = {row.p_value:.3f}"
+    if row.n < config.min_tasks:
+        return (
+            row.model_copy(update={"state": "unproven"}),
+            "not_enough_evidence",
+            f"Only {row.n} held-out tasks were run and {config.min_tasks} are needed: {told}.",
+        )
+    if row.points <= 0:
+        state = "worse" if row.points < 0 else "same"
+        return row.model_copy(update={"state": state}), "reject", f"{told}: the candidate is not better."
+    if row.low > 0 and row.p_value < 1 - config.level:
+        return row.model_copy(update={"state": "better"}), "promote", f"{told}, exact {p_text}: a proven gain."
+    return (
+        row.model_copy(update={"state": "unproven"}),
+        "not_enough_evidence",
+        f"{told}, exact {p_text}: a gain was seen and may be chance.",
+    )
+
+
+def _judge_control(pair: Pair, config: GateConfig) -> tuple[GateRow, Verdict, str]:
+    suite = pair[0].suite
+    margin = 100 * config.margin(suite)
+    row = _row(suite, "control", _pairs([pair], "control"), config, margin=margin)
+    told = _told(row, f"Control {suite!r}", config)
+    floor = -config.control_slack * margin
+
+    def judged(state: str, verdict: Verdict, why: str) -> tuple[GateRow, Verdict, str]:
+        return row.model_copy(update={"state": state}), verdict, f"{told}: {why}."
+
+    if row.points < -margin - 1e-9:
+        sure = "proven" if row.high < 0 else "seen, not proven"
+        return judged("lost", "reject", f"more than the {margin:.0f} points it may lose ({sure})")
+    if row.n and 100 * row.champion / row.n <= margin:
+        return judged("blind", "promote", "the champion fails it too, so it cannot show forgetting and does not count")
+    if row.n < config.min_control_tasks:
+        why = f"{row.n} tasks cannot clear a candidate, {config.min_control_tasks} are needed"
+        return judged("unclear", "not_enough_evidence", why)
+    if row.low < floor - 1e-9:
+        why = f"a loss beyond {floor:.0f} points stays plausible, more control tasks are needed"
+        return judged("unclear", "not_enough_evidence", why)
+    return judged("held", "promote", f"within the {margin:.0f} points it may lose")
+
+
+def _workload_rows(evaluations: Sequence[Pair], config: GateConfig) -> list[GateRow]:
+    rows = []
+    for pair in evaluations:
+        pairs = _pairs([pair], "held_out")
+        for workload in sorted({a.workload for _, a, _ in pairs}):
+            part = [p for p in pairs if p[1].workload == workload]
+            rows.append(_row(pair[0].suite, "held_out", part, config, workload=workload))
+    return rows
+
+
+def _workload_warning(row: GateRow) -> str:
+    return (
+        f"Warning: on held-out workload {row.workload!r} success fell from {row.champion}/{row.n} "
+        f"to {row.candidate}/{row.n}, {row.points:+.1f} points (upper bound {row.high:+.1f})."
+    )
+
+
+def _row(
+    suite: str,
+    role: Literal["held_out", "control"],
+    pairs: list[tuple[str, TaskOutcome, TaskOutcome]],
+    config: GateConfig,
+    *,
+    workload: str | None = None,
+    strata: Sequence[str] | None = None,
+    margin: float | None = None,
+) -> GateRow:
+    a = [champion.success for _, champion, _ in pairs]
+    b = [candidate.success for _, _, candidate in pairs]
+    workloads = strata if strata is not None else [champion.workload for _, champion, _ in pairs]
+    found: Difference = paired_difference(a, b, config.level, one_sided=True, strata=workloads)
+    return GateRow(
+        suite=suite,
+        role=role,
+        workload=workload,
+        n=found.n,
+        champion=sum(a),
+        candidate=sum(b),
+        points=found.points,
+        low=found.low,
+        high=found.high,
+        p_value=found.p_value,
+        margin=margin,
+        state="part",
+    )
+
+
+def _told(row: GateRow, what: str, config: GateConfig) -> str:
+    if row.n == 0:
+        return f"{what} was measured on no task"
+    return (
+        f"{what} went from {row.champion}/{row.n} ({row.champion / row.n:.0%}) to {row.candidate}/{row.n} "
+        f"({row.candidate / row.n:.0%}), {row.points:+.1f} points "
+        f"(one-sided {config.level:.0%} lower bound {row.low:+.1f})"
+    )

@@ -1,0 +1,119 @@
+"""Runs a suite with a generation, by the same `run_task` that serves users.
+
+Owns concurrency, the one retry of an engine error and the turning of runs into an Evaluation.
+Owns no engine, no storage and no comparison (`evals.gate`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from agent.run import AgentDeps, ModelRef, run_task
+from evals.suites import EvalTask, Suite
+from memory.errors import ConfigError, ContextLengthError, ModelError, VerifierError
+from memory.recall import NoMemory
+from memory.records import Evaluation, Purpose, StopReason, TaskOutcome, Trajectory
+
+_THE_MODELS_OWN = ContextLengthError.__name__
+"""A conversation that outgrew the context is the model's doing: a failed task, no hole."""
+
+
+async def evaluate(
+    suite: Suite,
+    model: ModelRef,
+    deps: AgentDeps,
+    *,
+    memory: bool,
+    memory_watermark: str,
+    concurrency: int,
+    on_progress: Callable[[int, int], None],
+    night_id: str | None = None,
+) -> tuple[Evaluation, list[Trajectory]]:
+    """Run every task of the suite, at most `concurrency` at once; outcomes stand in the suite's order.
+
+    `memory=False` hands the agent an empty memory; else it is what the ledger held at
+    `memory_watermark`. `on_progress(done, total)` is called at the start and after every task.
+
+    Raises: ModelError when a task's run ended in an engine error twice, VerifierError when a run could
+    not be judged, ConfigError for `concurrency` < 1. An evaluation with holes is no evidence, so none
+    is returned; the first such error stops the runs that are still going.
+    """
+    if concurrency < 1:
+        raise ConfigError(f"concurrency must be at least 1, got {concurrency}")
+    deps = deps if memory else replace(deps, recaller=NoMemory())
+    gate = asyncio.Semaphore(concurrency)
+    started = time.perf_counter()
+    done, total = 0, len(suite.tasks)
+    on_progress(done, total)
+
+    async def one(item: EvalTask) -> Trajectory:
+        nonlocal done
+        async with gate:
+            trajectory = await _run(item, model, deps, suite.name)
+        done += 1
+        on_progress(done, total)
+        return trajectory
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            running = [group.create_task(one(item)) for item in suite.tasks]
+    except BaseExceptionGroup as failures:
+        raise failures.exceptions[0] from failures
+    trajectories = [task.result() for task in running]
+    evaluation = Evaluation(
+        suite=suite.name,
+        suite_hash=suite.hash,
+        role=suite.role,
+        generation=model.generation,
+        memory=memory,
+        memory_watermark=memory_watermark if memory else "",
+        settings=settings_of(deps),
+        outcomes=[_outcome(i, t) for i, t in zip(suite.tasks, trajectories, strict=True)],
+        seconds=time.perf_counter() - started,
+        night_id=night_id,
+    )
+    return evaluation, trajectories
+
+
+def settings_of(deps: AgentDeps) -> dict[str, object]:
+    """What else shapes a run: two evaluations are comparable only when it is equal."""
+    return deps.config.model_dump(mode="json")
+
+
+async def _run(item: EvalTask, model: ModelRef, deps: AgentDeps, suite: str) -> Trajectory:
+    trajectory = await run_task(item.task, model, deps, purpose=Purpose.EVAL)
+    if _is_hole(trajectory):
+        trajectory = await run_task(item.task, model, deps, purpose=Purpose.EVAL)
+    if _is_hole(trajectory):
+        why = trajectory.error or trajectory.stop_reason
+        raise ModelError(
+            f"task {item.key!r} of suite {suite!r} failed twice on {model.name}: {why}; "
+            "check the engine (`nightschool status`) and evaluate again"
+        )
+    return trajectory
+
+
+def _is_hole(trajectory: Trajectory) -> bool:
+    if trajectory.stop_reason is StopReason.ERROR:
+        return trajectory.error_type != _THE_MODELS_OWN
+    return trajectory.stop_reason is StopReason.CANCELLED
+
+
+def _outcome(item: EvalTask, trajectory: Trajectory) -> TaskOutcome:
+    outgrown = trajectory.stop_reason is StopReason.ERROR
+    if trajectory.outcome is None and not outgrown:
+        raise VerifierError(
+            f"task {item.key!r} could not be judged ({trajectory.error or 'it names no verifier'}): "
+            "give it a verifier or a reference"
+        )
+    return TaskOutcome(
+        key=item.key,
+        workload=item.task.workload,
+        score=trajectory.outcome.score if trajectory.outcome else 0.0,
+        answer=trajectory.answer,
+        trajectory_id=trajectory.id,
+        prompt_tokens=sum(step.prompt_tokens or 0 for step in trajectory.steps),
+    )

@@ -1,0 +1,1 @@
+"""The ledger's changes over time, as Alembic revisions run by `memory.database.migrate`."""

@@ -1,0 +1,499 @@
+"""The records every room speaks in: frozen, versioned, made of OpenAI messages. A leaf module.
+
+Owns the shapes and their legal life cycles (`*_TRANSITIONS`). Owns no storage (`memory.ledger`)
+and no behaviour beyond values that can be computed from a record.
+
+`None` means "not measured", never 0 or "". Times are UTC. Ids sort by creation (UUIDv7) and are
+minted by the creator, so writing the same record twice is one row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+import time
+import uuid
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Message = dict[str, Any]
+"""One OpenAI chat message dict: role, content, and where they apply tool_calls, tool_call_id, name."""
+
+RECALLED = "recalled"
+"""The `name` of messages that memory put into a prompt: they are never learned from again."""
+
+MALFORMED = "malformed"
+"""The `name` of an assistant message that held no readable action: kept as it came, never trained on."""
+
+DEFAULT_TENANT = "default"
+DEFAULT_WORKLOAD = "default"
+
+
+def new_id(prefix: str) -> str:
+    """A sortable id, e.g. `traj_0192f…`: a UUIDv7 (RFC 9562) behind a type prefix."""
+    ms = time.time_ns() // 1_000_000
+    value = (ms << 80) | (0x7 << 76) | (secrets.randbits(12) << 64) | (0b10 << 62) | secrets.randbits(62)
+    return f"{prefix}_{uuid.UUID(int=value).hex}"
+
+
+def now() -> datetime:
+    """The current time in UTC."""
+    return datetime.now(UTC)
+
+
+def content_hash(value: Any) -> str:
+    """sha256 (hex) of a JSON-able value in canonical form: sorted keys, no spaces."""
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+class Record(BaseModel):
+    """Base of all records."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: int = 1
+
+
+class Purpose(StrEnum):
+    """Why a run was made. Only `serve` runs may teach."""
+
+    SERVE = "serve"
+    EVAL = "eval"
+
+
+class VerifierSpec(Record):
+    """Which verifier judges a task, by name, with its arguments (see `agent.verify`)."""
+
+    name: str
+    args: dict[str, Any] = Field(default_factory=dict)
+
+
+class Task(Record):
+    """A piece of work for the agent. `reference` is never shown to the model."""
+
+    id: str = Field(default_factory=lambda: new_id("task"))
+    tenant: str = DEFAULT_TENANT
+    workload: str = DEFAULT_WORKLOAD
+    messages: list[Message]
+    tools: list[str] | None = None
+    """Names of the service's own tools; None = the service's default set."""
+    reference: str | None = None
+    verifier: VerifierSpec | None = None
+    source: str = "api"
+    created_at: datetime = Field(default_factory=now)
+
+    @property
+    def question(self) -> str:
+        """The last user message as text: what recall searches by."""
+        for message in reversed(self.messages):
+            if message.get("role") == "user":
+                return text_of(message)
+        return ""
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of what was asked, whatever the task's id: two tasks with it are the same task."""
+        said = [(m.get("role"), " ".join(text_of(m).split())) for m in self.messages]
+        return content_hash(said)
+
+
+def text_of(message: Message) -> str:
+    """The plain text of a message whose content is a string or OpenAI content parts."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list):
+        return "".join(part.get("text", "") for part in content if isinstance(part, dict))
+    return ""
+
+
+class OutcomeSource(StrEnum):
+    """Who judged a run, strongest first."""
+
+    VERIFIER = "verifier"
+    USER = "user"
+    TEACHER = "teacher"
+    CRITIC = "critic"
+
+
+class Outcome(Record):
+    """How good an answer is: `score` in 0..1, by whom, and how sure (`confidence` in 0..1)."""
+
+    score: float = Field(ge=0.0, le=1.0)
+    by: OutcomeSource
+    confidence: float = Field(default=1.0, ge=0.0, le=1.0)
+    detail: str = ""
+
+    @property
+    def success(self) -> bool:
+        """Full marks; partial credit is a failure to learn from."""
+        return self.score >= 0.99
+
+
+class StopReason(StrEnum):
+    """Why a run ended."""
+
+    ANSWER = "answer"
+    TOOL_CALLS = "tool_calls"
+    """The client runs its own tools and comes back with their results."""
+    MAX_TURNS = "max_turns"
+    LENGTH = "length"
+    MALFORMED = "malformed"
+    """The model's action could not be read, also after one reminder."""
+    ERROR = "error"
+    CANCELLED = "cancelled"
+
+
+class Step(Record):
+    """One model call inside a run; `message` is the index of its assistant message."""
+
+    message: int
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    prompt_token_ids: list[int] | None = None
+    token_ids: list[int] | None = None
+    """The engine's own ids for the completion: training must render to the same ones."""
+    logprob: float | None = None
+    """Sum of the completion's token log-probabilities."""
+    finish_reason: str | None = None
+    seconds: float = 0.0
+
+
+class MemoryKind(StrEnum):
+    """What memory can put into a prompt."""
+
+    PRINCIPLE = "principle"
+    RUN = "run"
+
+
+class Recalled(Record):
+    """One item that memory put into a prompt, with every number that chose it."""
+
+    id: str
+    kind: MemoryKind
+    similarity: float
+    score: float
+    recency: float
+    rank: float
+    """The blended figure it was chosen by."""
+    tokens: int
+    why: str
+
+
+class Trajectory(Record):
+    """One run of the agent: exactly what was sent and received, in OpenAI messages.
+
+    `messages` is the whole conversation, system prompt and recalled block included; messages named
+    `RECALLED` came from memory. Append-only: later knowledge arrives as Feedback.
+    """
+
+    id: str = Field(default_factory=lambda: new_id("traj"))
+    task_id: str
+    tenant: str = DEFAULT_TENANT
+    workload: str = DEFAULT_WORKLOAD
+    purpose: Purpose = Purpose.SERVE
+    generation: int
+    model: str
+    """The engine's name of what really answered: the base model's, or `gen-N@sha`."""
+    sampling: dict[str, Any] = Field(default_factory=dict)
+    tools: list[str] = Field(default_factory=list)
+    messages: list[Message]
+    steps: list[Step] = Field(default_factory=list)
+    recalled: list[Recalled] = Field(default_factory=list)
+    answer: str | None = None
+    outcome: Outcome | None = None
+    stop_reason: StopReason
+    error: str | None = None
+    error_type: str | None = None
+    """The class name of the error (`memory.errors`) when `stop_reason` is `error`."""
+    started_at: datetime = Field(default_factory=now)
+    seconds: float = 0.0
+
+    @property
+    def own_messages(self) -> list[Message]:
+        """The conversation without what memory put into it and without the system prompt."""
+        return [m for m in self.messages if m.get("name") != RECALLED and m.get("role") != "system"]
+
+    @property
+    def success(self) -> bool:
+        """Judged, and given full marks."""
+        return self.outcome is not None and self.outcome.success
+
+
+class FeedbackKind(StrEnum):
+    """What a user can say about a run."""
+
+    SCORE = "score"
+    """`value`: a number in 0..1 or a boolean."""
+    CORRECTION = "correction"
+    """`value`: a better answer (str), or OpenAI messages of a better run (assistant, tool, …)."""
+    HINT = "hint"
+    """`value`: a sentence that would have helped."""
+    PREFERENCE = "preference"
+    """`value`: {"over": trajectory id}: this run is better than that one."""
+    COMMENT = "comment"
+    """`value`: free text; kept, never trained on."""
+
+
+class Trust(StrEnum):
+    """Whether feedback may teach."""
+
+    TRUSTED = "trusted"
+    QUARANTINED = "quarantined"
+    REJECTED = "rejected"
+
+
+class Feedback(Record):
+    """A user's word on a run. It teaches only once trusted."""
+
+    id: str = Field(default_factory=lambda: new_id("fb"))
+    trajectory_id: str
+    tenant: str = DEFAULT_TENANT
+    kind: FeedbackKind
+    value: Any
+    author: str = "anonymous"
+    trust: Trust = Trust.QUARANTINED
+    trust_reason: str = "not yet judged"
+    created_at: datetime = Field(default_factory=now)
+
+
+class PrincipleKind(StrEnum):
+    """EvolveR (arXiv 2510.16079): what to do, learned from successes; what to avoid, from failures."""
+
+    GUIDING = "guiding"
+    CAUTIONARY = "cautionary"
+
+
+class MemoryStatus(StrEnum):
+    """The life of a principle or remembered run. Only `active` ones are recalled."""
+
+    ACTIVE = "active"
+    MERGED = "merged"
+    RETIRED = "retired"
+    INTERNALISED = "internalised"
+
+
+MEMORY_TRANSITIONS: dict[MemoryStatus, frozenset[MemoryStatus]] = {
+    MemoryStatus.ACTIVE: frozenset({MemoryStatus.MERGED, MemoryStatus.RETIRED, MemoryStatus.INTERNALISED}),
+    MemoryStatus.MERGED: frozenset(),
+    MemoryStatus.RETIRED: frozenset({MemoryStatus.ACTIVE}),
+    MemoryStatus.INTERNALISED: frozenset({MemoryStatus.ACTIVE, MemoryStatus.RETIRED}),
+}
+
+
+class Principle(Record):
+    """One sentence of experience with triples, scored by use (EvolveR §3: (successes+1)/(uses+2))."""
+
+    id: str = Field(default_factory=lambda: new_id("prin"))
+    tenant: str = DEFAULT_TENANT
+    workload: str = DEFAULT_WORKLOAD
+    kind: PrincipleKind
+    text: str
+    structure: list[tuple[str, str, str]] = Field(default_factory=list)
+    uses: int = 0
+    successes: int = 0
+    sources: list[str] = Field(default_factory=list)
+    """Ids of the trajectories it was distilled from."""
+    status: MemoryStatus = MemoryStatus.ACTIVE
+    created_at: datetime = Field(default_factory=now)
+
+    @property
+    def score(self) -> float:
+        """Laplace-smoothed success rate, in 0..1; 0.5 when never used."""
+        return (self.successes + 1) / (self.uses + 2)
+
+
+class PastRun(Record):
+    """A run worth repeating, own success or correction, as it may be shown in a prompt.
+
+    `messages`: user question, then assistant and tool messages, the last one the answer.
+    """
+
+    id: str = Field(default_factory=lambda: new_id("run"))
+    tenant: str = DEFAULT_TENANT
+    workload: str = DEFAULT_WORKLOAD
+    task_id: str
+    messages: list[Message]
+    uses: int = 0
+    successes: int = 0
+    sources: list[str] = Field(default_factory=list)
+    """Ids of the trajectory and, for a corrected one, of the feedback."""
+    status: MemoryStatus = MemoryStatus.ACTIVE
+    created_at: datetime = Field(default_factory=now)
+
+    @property
+    def question(self) -> str:
+        """The user's words: the embedded text."""
+        return text_of(self.messages[0])
+
+    @property
+    def score(self) -> float:
+        """As for principles."""
+        return (self.successes + 1) / (self.uses + 2)
+
+
+class ExampleKind(StrEnum):
+    """What an example trains."""
+
+    SFT = "sft"
+    DPO = "dpo"
+
+
+class Example(Record):
+    """One training example in OpenAI messages, as they would be served.
+
+    SFT: `messages` ends with an assistant turn; loss falls on the assistant messages that are not
+    named `RECALLED`. DPO: `messages` is the prompt, `chosen` and `rejected` one assistant turn each.
+    """
+
+    id: str = Field(default_factory=lambda: new_id("ex"))
+    recipe: str
+    kind: ExampleKind
+    tenant: str = DEFAULT_TENANT
+    workload: str = DEFAULT_WORKLOAD
+    task_id: str
+    tools: list[str] = Field(default_factory=list)
+    messages: list[Message]
+    chosen: list[Message] | None = None
+    rejected: list[Message] | None = None
+    weight: float = 1.0
+    sources: list[str] = Field(default_factory=list)
+    """Ids of the trajectories and feedback it was made from."""
+    with_memory: bool = False
+
+    @property
+    def content_hash(self) -> str:
+        """Hash of what is trained on: equal hashes are duplicates."""
+        return content_hash([self.kind, self.messages, self.chosen, self.rejected])
+
+
+class GenerationStatus(StrEnum):
+    """The life of a trained adapter."""
+
+    CANDIDATE = "candidate"
+    CHAMPION = "champion"
+    RETIRED = "retired"
+    REJECTED = "rejected"
+
+
+GENERATION_TRANSITIONS: dict[GenerationStatus, frozenset[GenerationStatus]] = {
+    GenerationStatus.CANDIDATE: frozenset({GenerationStatus.CHAMPION, GenerationStatus.REJECTED}),
+    GenerationStatus.CHAMPION: frozenset({GenerationStatus.RETIRED}),
+    GenerationStatus.RETIRED: frozenset({GenerationStatus.CHAMPION}),
+    GenerationStatus.REJECTED: frozenset(),
+}
+
+
+class Generation(Record):
+    """What can be served: the base model (number 0) or a trained adapter on it."""
+
+    number: int = Field(ge=0)
+    parent: int | None = None
+    base_model: str
+    adapter_path: str | None = None
+    adapter_sha256: str | None = None
+    night_id: str | None = None
+    status: GenerationStatus
+    metrics: dict[str, Any] = Field(default_factory=dict)
+    created_at: datetime = Field(default_factory=now)
+
+    @property
+    def served_name(self) -> str:
+        """The engine's immutable name for it: `gen-N@` and twelve hex digits of the adapter's hash.
+
+        Generation 0 is the engine's `base`. A name is never loaded twice with other weights.
+        """
+        if self.adapter_sha256 is None:
+            return "base"
+        return f"gen-{self.number}@{self.adapter_sha256[:12]}"
+
+
+class Promotion(Record):
+    """One row of the log of what is served. The last row is the truth."""
+
+    id: str = Field(default_factory=lambda: new_id("prom"))
+    from_generation: int
+    to_generation: int
+    why: str
+    by: str
+    at: datetime = Field(default_factory=now)
+
+
+class NightStatus(StrEnum):
+    """The life of a night. The last four are final."""
+
+    RUNNING = "running"
+    PROMOTED = "promoted"
+    REJECTED = "rejected"
+    SKIPPED = "skipped"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+class Night(Record):
+    """One self-training job."""
+
+    id: str = Field(default_factory=lambda: new_id("night"))
+    status: NightStatus = NightStatus.RUNNING
+    options: dict[str, Any] = Field(default_factory=dict)
+    candidate: int | None = None
+    reasons: list[str] = Field(default_factory=list)
+    report_path: str | None = None
+    created_at: datetime = Field(default_factory=now)
+    ended_at: datetime | None = None
+
+
+class StageRun(Record):
+    """One finished stage of a night: its output is what a resumed night goes on from."""
+
+    night_id: str
+    stage: str
+    output: dict[str, Any]
+    seconds: float
+    at: datetime = Field(default_factory=now)
+
+
+class TaskOutcome(Record):
+    """One task of a suite as one generation did it. `key` pairs it with other generations' runs."""
+
+    key: str
+    workload: str
+    score: float = Field(ge=0.0, le=1.0)
+    answer: str | None = None
+    trajectory_id: str | None = None
+    prompt_tokens: int = 0
+
+    @property
+    def success(self) -> bool:
+        """Full marks."""
+        return self.score >= 0.99
+
+
+class Evaluation(Record):
+    """A suite run by a generation under stated settings."""
+
+    id: str = Field(default_factory=lambda: new_id("eval"))
+    suite: str
+    suite_hash: str
+    role: Literal["held_out", "control"]
+    generation: int
+    memory: bool
+    memory_watermark: str = ""
+    """What memory held: the newest memory row's id, or "" for an empty one."""
+    settings: dict[str, Any] = Field(default_factory=dict)
+    outcomes: list[TaskOutcome]
+    seconds: float
+    night_id: str | None = None
+    created_at: datetime = Field(default_factory=now)
+
+    @property
+    def success(self) -> float | None:
+        """Share of tasks with full marks; None for an empty suite."""
+        if not self.outcomes:
+            return None
+        return sum(o.success for o in self.outcomes) / len(self.outcomes)

@@ -1,0 +1,202 @@
+"""The ledger's tables, for SQLite and PostgreSQL alike.
+
+Owns names, columns and indexes. Owns no queries (`memory.ledger` and its function modules) and no
+changes over time (`memory.migrations`; a test compares the two).
+
+Every record is kept as its JSON `body` plus the columns that are queried. `digest` is the hash of the
+record as it was first added: what makes a repeated write recognisable after the record has moved on.
+`seq` counts rows in commit order (one writer at a time, see `memory.database`) and is never reused.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Column,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+    text,
+)
+
+metadata = MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+Sequence = BigInteger().with_variant(Integer, "sqlite")
+"""SQLite counts by itself only in a column of type INTEGER."""
+
+
+def _seq() -> Column[int]:
+    return Column("seq", Sequence, primary_key=True, autoincrement=True)
+
+
+def _record() -> tuple[Column[str], Column[str]]:
+    return Column("digest", String, nullable=False), Column("body", Text, nullable=False)
+
+
+tasks = Table(
+    "tasks",
+    metadata,
+    _seq(),
+    Column("id", String, nullable=False, unique=True),
+    Column("tenant", String, nullable=False),
+    Column("fingerprint", String, nullable=False),
+    *_record(),
+    sqlite_autoincrement=True,
+)
+
+trajectories = Table(
+    "trajectories",
+    metadata,
+    _seq(),
+    Column("id", String, nullable=False, unique=True),
+    Column("task_id", String, ForeignKey("tasks.id"), nullable=False, index=True),
+    Column("tenant", String, nullable=False),
+    Column("workload", String, nullable=False),
+    Column("purpose", String, nullable=False),
+    *_record(),
+    Index(None, "tenant", "workload", "seq"),
+    Index(None, "purpose", "seq"),
+    sqlite_autoincrement=True,
+)
+
+feedback = Table(
+    "feedback",
+    metadata,
+    _seq(),
+    Column("id", String, nullable=False, unique=True),
+    Column("trajectory_id", String, ForeignKey("trajectories.id"), nullable=False, index=True),
+    Column("tenant", String, nullable=False),
+    *_record(),
+    sqlite_autoincrement=True,
+)
+
+items = Table(
+    "memory_items",
+    metadata,
+    _seq(),
+    Column("id", String, nullable=False, unique=True),
+    Column("kind", String, nullable=False),
+    Column("tenant", String, nullable=False),
+    Column("status", String, nullable=False),
+    Column("text", Text, nullable=False),
+    *_record(),
+    Index(None, "tenant", "kind", "status", "seq"),
+    sqlite_autoincrement=True,
+)
+"""Principles and past runs; `text` is what the index embeds."""
+
+item_origins = Table(
+    "memory_item_origins",
+    metadata,
+    Column("item_id", String, ForeignKey("memory_items.id"), primary_key=True),
+    Column("origin", String, primary_key=True),
+)
+"""What an item was made from: task ids and task fingerprints. Recall leaves items out by them."""
+
+item_uses = Table(
+    "memory_item_uses",
+    metadata,
+    Column("item_id", String, ForeignKey("memory_items.id"), primary_key=True),
+    Column("use_key", String, primary_key=True),
+    Column("success", Boolean, nullable=False),
+)
+"""Which uses are already counted in an item's `uses` and `successes`."""
+
+outbox = Table(
+    "memory_outbox",
+    metadata,
+    _seq(),
+    Column("item_id", String, ForeignKey("memory_items.id"), nullable=False),
+    Column("kind", String, nullable=False),
+    Column("op", String, nullable=False),
+    Column("why", Text, nullable=False),
+    Column("acked", Boolean, nullable=False),
+    Index(None, "acked", "seq"),
+    sqlite_autoincrement=True,
+)
+"""Every change of what is recallable, in order. Rows stay once acknowledged: the newest names the state."""
+
+generations = Table(
+    "generations",
+    metadata,
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("status", String, nullable=False),
+    *_record(),
+)
+Index(
+    "uq_generations_champion",
+    generations.c.status,
+    unique=True,
+    sqlite_where=text("status = 'champion'"),
+    postgresql_where=text("status = 'champion'"),
+)
+
+promotions = Table(
+    "promotions",
+    metadata,
+    _seq(),
+    Column("id", String, nullable=False, unique=True),
+    Column("from_generation", Integer, ForeignKey("generations.number"), nullable=False),
+    Column("to_generation", Integer, ForeignKey("generations.number"), nullable=False),
+    *_record(),
+    sqlite_autoincrement=True,
+)
+
+nights = Table(
+    "nights",
+    metadata,
+    _seq(),
+    Column("id", String, nullable=False, unique=True),
+    Column("status", String, nullable=False),
+    *_record(),
+    sqlite_autoincrement=True,
+)
+
+stages = Table(
+    "night_stages",
+    metadata,
+    _seq(),
+    Column("night_id", String, ForeignKey("nights.id"), nullable=False),
+    Column("stage", String, nullable=False),
+    *_record(),
+    UniqueConstraint("night_id", "stage"),
+    sqlite_autoincrement=True,
+)
+
+examples = Table(
+    "night_examples",
+    metadata,
+    _seq(),
+    Column("night_id", String, ForeignKey("nights.id"), nullable=False),
+    Column("id", String, nullable=False),
+    *_record(),
+    UniqueConstraint("night_id", "id"),
+    sqlite_autoincrement=True,
+)
+"""What a night trained on. A replayed example has a row in each night that used it."""
+
+evaluations = Table(
+    "evaluations",
+    metadata,
+    _seq(),
+    Column("id", String, nullable=False, unique=True),
+    Column("night_id", String, ForeignKey("nights.id"), nullable=True, index=True),
+    Column("generation", Integer, nullable=False),
+    Column("suite_hash", String, nullable=False),
+    *_record(),
+    Index(None, "suite_hash", "generation"),
+    sqlite_autoincrement=True,
+)

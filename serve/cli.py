@@ -1,0 +1,280 @@
+"""The command line: `nightschool COMMAND`. Parses, connects, prints; the work is done elsewhere.
+
+An expected error is one line on stderr and exit code 2; Ctrl-C is exit code 130. Nothing heavy is
+imported before a command needs it.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from memory.errors import ConfigError, NightschoolError
+
+app = typer.Typer(
+    name="nightschool",
+    help="An agent endpoint that remembers, learns overnight and serves a better model in the morning.\n\n"
+    "Start with `nightschool demo`, or `nightschool serve` and any OpenAI client on http://127.0.0.1:8000/v1.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out = Console()
+err = Console(stderr=True)
+
+
+@app.callback()
+def _options(
+    context: typer.Context,
+    data_dir: Annotated[Path | None, typer.Option(help="where everything is kept (default: ./data)")] = None,
+) -> None:
+    context.obj = {"data_dir": data_dir}
+
+
+def _settings(context: typer.Context, **overrides: Any) -> Any:
+    from serve.settings import load_settings
+
+    return load_settings(**context.obj, **overrides)
+
+
+@app.command()
+def serve(
+    context: typer.Context,
+    host: Annotated[str | None, typer.Option(help="loopback address to listen on")] = None,
+    port: Annotated[int | None, typer.Option(help="0 picks a free one")] = None,
+) -> None:
+    """Serve the OpenAI-compatible endpoint; starts and supervises the engine."""
+    from serve.server import serve_forever
+
+    settings = _settings(context)
+    given = {k: v for k, v in {"host": host, "port": port}.items() if v is not None}
+    serve_forever(settings.model_copy(update={"server": settings.server.model_copy(update=given)}))
+
+
+@app.command()
+def run(
+    context: typer.Context,
+    tasks: Annotated[Path, typer.Argument(help="JSONL: messages or prompt; id, workload, tools, reference, verifier")],
+    output: Annotated[Path | None, typer.Option(help="results file (default: TASKS.results.jsonl)")] = None,
+    model: Annotated[str, typer.Option(help="nightschool, nightschool:gen-N, champion or gen-N")] = "nightschool",
+    concurrency: Annotated[int, typer.Option(min=1, max=256)] = 32,
+) -> None:
+    """Run a file of tasks through the agent; goes on where it was when called again."""
+    from serve.client import connect
+    from serve.commands import run_file
+
+    settings = _settings(context)
+    broken = run_file(
+        lambda: connect(settings, _say), tasks, output or tasks.with_suffix(".results.jsonl"), model, concurrency, out
+    )
+    if broken:
+        raise ConfigError(f"{len(broken)} broken line(s) in {tasks} were not run: {broken[0]}")
+
+
+@app.command()
+def feedback(
+    context: typer.Context,
+    response: Annotated[str, typer.Argument(help="response id (chatcmpl-…) or trajectory id (traj_…)")],
+    score: Annotated[float | None, typer.Option(min=0, max=1, help="how good it was, 0..1")] = None,
+    correction: Annotated[str | None, typer.Option(help="the right answer, or @FILE with OpenAI messages")] = None,
+    hint: Annotated[str | None, typer.Option(help="a sentence that would have helped")] = None,
+    comment: Annotated[str | None, typer.Option(help="kept, never trained on")] = None,
+    over: Annotated[str | None, typer.Option(help="id of a worse response")] = None,
+    author: Annotated[str, typer.Option()] = "operator",
+) -> None:
+    """Score, correct or comment on a reply; the next night learns from what it can trust."""
+    from serve.commands import feedback_value
+    from serve.feedback import FeedbackRequest, store_feedback
+    from serve.wiring import open_ledger
+
+    kind, value = feedback_value(score=score, correction=correction, hint=hint, comment=comment, preference=over)
+    ledger = open_ledger(_settings(context))
+    try:
+        said = FeedbackRequest(
+            **{"response_id" if response.startswith("chatcmpl-") else "trajectory_id": response},
+            kind=kind,
+            value=value,
+            author=author,
+        )
+        stored = store_feedback(ledger, said)
+    finally:
+        ledger.close()
+    out.print(f"{stored.id}  {stored.kind}  {stored.trust} ({stored.trust_reason})")
+
+
+@app.command()
+def night(
+    context: typer.Context,
+    recipes: Annotated[str | None, typer.Option(help="comma-separated, instead of the settings'")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="only go on with an unfinished night")] = False,
+) -> None:
+    """Distil, train, evaluate, then promote or reject. An unfinished night goes on first."""
+    from serve.client import connect
+    from serve.commands import follow_night, print_night
+
+    with connect(_settings(context), _say) as client:
+        jobs = client.get("/v1/fine_tuning/jobs")["data"]
+        unfinished = [job for job in jobs if job["status"] == "running"]
+        if resume and not unfinished:
+            raise ConfigError("there is no unfinished night to resume")
+        body = {"recipes": recipes.split(",")} if recipes else {}
+        job = unfinished[0] if unfinished else client.post("/v1/fine_tuning/jobs", body)
+        ended = follow_night(client, job["id"], out)
+        print_night(ended, out)
+        if ended["status"] == "failed":
+            raise ConfigError(ended["error"]["message"])
+
+
+@app.command()
+def generations(context: typer.Context) -> None:
+    """List what was trained, what serves, and why."""
+    from serve.commands import print_generations
+    from serve.wiring import open_ledger
+
+    ledger = open_ledger(_settings(context))
+    try:
+        print_generations(ledger, out)
+    finally:
+        ledger.close()
+
+
+@app.command()
+def promote(context: typer.Context, number: int, why: Annotated[str, typer.Option()] = "by hand") -> None:
+    """Serve generation NUMBER from now on."""
+    _switch(context, f"/v1/generations/{number}/promote", why)
+
+
+@app.command()
+def rollback(context: typer.Context, why: Annotated[str, typer.Option()] = "by hand") -> None:
+    """Serve the generation before the champion again."""
+    _switch(context, "/v1/generations/rollback", why)
+
+
+def _switch(context: typer.Context, path: str, why: str) -> None:
+    from serve.client import connect
+
+    with connect(_settings(context), _say) as client:
+        done = client.post(path, {"why": why})
+    out.print(f"generation {done['to_generation']} serves now (before: {done['from_generation']})")
+
+
+@app.command()
+def status(context: typer.Context) -> None:
+    """What runs, what serves, what was learned."""
+    from serve.commands import print_status
+    from serve.wiring import open_ledger
+
+    settings = _settings(context)
+    ledger = open_ledger(settings)
+    try:
+        print_status(settings, ledger, out)
+    finally:
+        ledger.close()
+
+
+@app.command("eval")
+def evaluate(
+    context: typer.Context,
+    model: Annotated[str, typer.Option(help="nightschool or nightschool:gen-N")] = "nightschool",
+    suite: Annotated[list[str] | None, typer.Option(help="suite name, may be repeated; default: all")] = None,
+    memory: Annotated[bool, typer.Option(help="with recall, as served")] = True,
+) -> None:
+    """Run the frozen suites on a generation and print success with 95% intervals."""
+    from serve.client import connect
+    from serve.commands import print_evaluations
+
+    with connect(_settings(context), _say) as client, out.status("running the suites"):
+        done = client.post("/v1/evaluations", {"model": model, "suites": suite or None, "memory": memory})
+    print_evaluations(done["data"], out)
+
+
+@app.command()
+def models(context: typer.Context) -> None:
+    """The model names that a client may ask for."""
+    from serve.promotion import ensure_base, model_names
+    from serve.wiring import open_ledger
+
+    settings = _settings(context)
+    ledger = open_ledger(settings)
+    try:
+        ensure_base(ledger, settings.model)
+        out.print("\n".join(model_names(ledger)))
+    finally:
+        ledger.close()
+
+
+@app.command()
+def bench(
+    context: typer.Context,
+    name: Annotated[str | None, typer.Argument(help="which one; without a name they are listed")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write the figures there")] = None,
+) -> None:
+    """Measure this machine: a table, with the aims beside the figures."""
+    from evals.bench import print_result, run_bench, write_json
+    from serve.benches import benches
+
+    known = benches(_settings(context))
+    if name is None:
+        for each in known.values():
+            out.print(f"{each.name:12} {each.summary}")
+        return
+    done = run_bench(name, known)
+    print_result(done, out)
+    if json_file is not None:
+        write_json(done, json_file)
+
+
+@app.command()
+def settings(context: typer.Context) -> None:
+    """Print the settings in force as JSON."""
+    out.print_json(_settings(context).model_dump_json())
+
+
+@app.command()
+def demo(
+    context: typer.Context,
+    full: Annotated[bool, typer.Option("--full", help="60 held-out tasks a workload, with and without memory")] = False,
+) -> None:
+    """Live through two nights: days, corrections, training, the gate, and the learning curve."""
+    from serve.client import connect
+    from serve.demo import run_demo
+
+    settings = _settings(context)
+    run_demo(settings, lambda: connect(settings, _say), out, full=full)
+
+
+def _say(text: str) -> None:
+    """One line per change of state."""
+    if _say.last != text:  # type: ignore[attr-defined]
+        _say.last = text  # type: ignore[attr-defined]
+        err.print(f"[dim]{text}[/dim]")
+
+
+_say.last = ""  # type: ignore[attr-defined]
+
+
+def main() -> None:
+    """The entry point of the `nightschool` script."""
+    try:
+        app(standalone_mode=False)
+    except NightschoolError as exc:
+        err.print(f"nightschool: {exc}", style="red", markup=False, highlight=False)
+        sys.exit(2)
+    except (KeyboardInterrupt, typer.Abort):
+        err.print("interrupted; nothing acknowledged is lost, the same command goes on")
+        sys.exit(130)
+    except typer.Exit as exc:
+        sys.exit(exc.exit_code)
+    except Exception as exc:
+        if type(exc).__module__.startswith(("click", "typer")) and hasattr(exc, "format_message"):
+            err.print(f"nightschool: {exc.format_message()}", style="red", markup=False)  # type: ignore[attr-defined]
+            sys.exit(2)
+        raise
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,205 @@
+"""What the CLI's commands do and print, apart from parsing."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from evals.stats import wilson
+from memory.errors import ConfigError
+from memory.ledger import Ledger
+from memory.records import FeedbackKind, MemoryStatus, Purpose
+from serve.batch import ResultsFile, read_tasks, run_lines
+from serve.client import Client
+from serve.settings import Settings
+from serve.wiring import running_service
+
+FINAL = ("succeeded", "failed", "cancelled")
+
+
+def progress_bar(console: Console) -> Progress:
+    """The progress bar of every long stage; a non-interactive terminal gets the finished bar only."""
+    return Progress(
+        TextColumn("  {task.description}"),
+        BarColumn(bar_width=28),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(compact=True),
+        TextColumn("[dim]{task.fields[note]}[/dim]"),
+        console=console,
+    )
+
+
+def share(successes: int, n: int) -> str:
+    """`31% [21, 43]  (22/72)`: success with its 95% Wilson interval."""
+    if n == 0:
+        return "-"
+    low, high = wilson(successes, n)
+    return f"{successes / n:4.0%} [{low:.0%}, {high:.0%}]  ({successes}/{n})"
+
+
+def run_file(
+    connect: Callable[[], AbstractContextManager[Client]],
+    tasks: Path,
+    output: Path,
+    model: str,
+    concurrency: int,
+    console: Console,
+) -> list[str]:
+    """Run a tasks file; prints the outcomes and returns what was said of broken lines."""
+    lines, broken = read_tasks(tasks)
+    for sentence in broken:
+        console.print(f"[yellow]{tasks}: {sentence}[/yellow]", highlight=False)
+    results = ResultsFile(output, tasks)
+    left = [(number, line) for number, line in lines if number not in results.done]
+    if len(left) < len(lines):
+        console.print(f"going on with {output}: {len(lines) - len(left)} of {len(lines)} are done")
+    if left:
+        with connect() as client, progress_bar(console) as bar:
+            job = bar.add_task(tasks.name, total=len(lines), completed=len(lines) - len(left), note="")
+
+            def landed(number: int, reply: dict[str, Any]) -> None:
+                results.add(number, reply)
+                bar.advance(job)
+
+            run_lines(client, left, run_id=results.run_id, model=model, concurrency=concurrency, on_reply=landed)
+    workloads = {number: line.workload for number, line in lines}
+    print_outcomes({n: workloads[n] for n in results.done if n in workloads}, results.done, console)
+    console.print(f"results: {output}")
+    return broken
+
+
+def print_outcomes(workloads: dict[int, str], replies: dict[int, dict[str, Any]], console: Console) -> None:
+    """Outcomes by workload, with intervals."""
+    table = Table("workload", "judged a success", "unjudged", "failed to run")
+    for workload in sorted(set(workloads.values())):
+        mine = [replies[n] for n, w in workloads.items() if w == workload]
+        outcomes = [reply["nightschool"]["outcome"] for reply in mine if "nightschool" in reply]
+        judged = [o["score"] >= 0.99 for o in outcomes if o is not None]
+        errors = sum("error" in reply for reply in mine)
+        table.add_row(workload, share(sum(judged), len(judged)), str(len(outcomes) - len(judged)), str(errors))
+    console.print(table)
+
+
+def feedback_value(**given: Any) -> tuple[FeedbackKind, Any]:
+    """The one kind of feedback that was given; ConfigError for none or several."""
+    said = {kind: value for kind, value in given.items() if value is not None}
+    if len(said) != 1:
+        raise ConfigError("say exactly one of --score, --correction, --hint, --comment, --over")
+    ((kind, value),) = said.items()
+    if kind == "correction" and value.startswith("@"):
+        try:
+            value = json.loads(Path(value[1:]).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as exc:
+            raise ConfigError(f"cannot read OpenAI messages from {value[1:]}: {exc}") from exc
+    return FeedbackKind(kind), {"over": value} if kind == "preference" else value
+
+
+def follow_night(client: Client, job_id: str, console: Console) -> dict[str, Any]:
+    """Show a night's events as they come; returns the job once it has ended."""
+    seen, stage = 0, ""
+    with progress_bar(console) as bar:
+        rows: dict[str, Any] = {}
+        while True:
+            job = client.get(f"/v1/fine_tuning/jobs/{job_id}")
+            for event in client.get(f"/v1/fine_tuning/jobs/{job_id}/events", after=seen)["data"]:
+                seen = event["seq"] + 1
+                stage = _show(event, stage, bar, rows)
+            if job["status"] in FINAL:
+                return job
+            time.sleep(0.5)
+
+
+def _show(event: dict[str, Any], stage: str, bar: Progress, rows: dict[str, Any]) -> str:
+    data, name = event["data"], event["stage"]
+    if name == "train" and data.get("steps"):
+        note = f"loss {data['loss']:.3f}" if data.get("loss") is not None else ""
+        _advance(bar, rows, "train", int(data.get("step") or 0), int(data["steps"]), note)
+    elif name == "evaluate" and data.get("total"):
+        _advance(bar, rows, event["message"], data["done"], data["total"], "")
+    elif event["message"] != "started" and name != "train":
+        bar.console.print(f"  [dim]{name:10}[/dim] {event['message']}", highlight=False)
+    return name
+
+
+def _advance(bar: Progress, rows: dict[str, Any], title: str, done: int, total: int, note: str) -> None:
+    if title not in rows:
+        rows[title] = bar.add_task(title, total=total, note="")
+    bar.update(rows[title], completed=done, total=total, note=note)
+
+
+def print_night(job: dict[str, Any], console: Console) -> None:
+    """How a night ended and why."""
+    ours = job["nightschool"]
+    console.print(f"[bold]night {job['id']}: {ours['status']}[/bold]")
+    for reason in ours["reasons"]:
+        console.print(f"  - {reason}", highlight=False)
+    console.print("  seconds: " + ", ".join(f"{k} {v}" for k, v in ours["stages"].items()), highlight=False)
+    if ours["report"]:
+        console.print(f"  report: {ours['report']}")
+
+
+def print_generations(ledger: Ledger, console: Console) -> None:
+    """The generations and the log of what served."""
+    table = Table("generation", "status", "parent", "served as", "night", "trained")
+    for g in ledger.generations():
+        table.add_row(
+            str(g.number),
+            g.status,
+            str(g.parent) if g.parent is not None else "-",
+            g.served_name,
+            g.night_id or "-",
+            f"{g.created_at:%Y-%m-%d %H:%M}",
+        )
+    console.print(table)
+    for p in ledger.promotions():
+        console.print(
+            f"{p.at:%Y-%m-%d %H:%M}  {p.from_generation} -> {p.to_generation} by {p.by}: {p.why}", highlight=False
+        )
+
+
+def print_status(settings: Settings, ledger: Ledger, console: Console) -> None:
+    """One screen: service, champion, what was recorded and remembered."""
+    service = running_service(settings.data_dir)
+    generations = ledger.generations()
+    champion = ledger.champion() if generations else None
+    nights = ledger.nights()
+    runs = ledger.trajectories(purpose=Purpose.SERVE)
+    rows = {
+        "service": f"{service['url']} (pid {service['pid']})" if service else "not running (nightschool serve)",
+        "data": str(settings.data_dir.resolve()),
+        "model": settings.model,
+        "champion": f"generation {champion.number} ({champion.served_name})" if champion else "none yet",
+        "runs": f"{len(runs)}, {sum(t.success for t in runs)} successes",
+        "feedback": str(len(ledger.feedback())),
+        "memory": f"{len(ledger.past_runs(status=MemoryStatus.ACTIVE))} runs, "
+        f"{len(ledger.principles(status=MemoryStatus.ACTIVE))} principles",
+        "last night": f"{nights[-1].id}: {nights[-1].status}" if nights else "none yet",
+    }
+    table = Table(show_header=False, box=None)
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console.print(table)
+
+
+def print_evaluations(evaluations: Sequence[dict[str, Any]], console: Console) -> None:
+    """Success by suite and workload with intervals."""
+    table = Table("suite", "workload", "generation", "success")
+    for evaluation in evaluations:
+        by_workload: dict[str, list[bool]] = {}
+        for outcome in evaluation["outcomes"]:
+            by_workload.setdefault(outcome["workload"], []).append(outcome["score"] >= 0.99)
+        for workload, results in by_workload.items():
+            table.add_row(
+                evaluation["suite"], workload, str(evaluation["generation"]), share(sum(results), len(results))
+            )
+    console.print(table)

@@ -1,0 +1,127 @@
+"""One settings model, composed of the components' own configs. The only reader of environment and TOML.
+
+Precedence, highest first: arguments (CLI flags), `NIGHTSCHOOL_*` variables (nested names joined by
+`__`, e.g. `NIGHTSCHOOL_ENGINE__MAX_MODEL_LEN=4096`), `nightschool.toml` in the working folder, defaults.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+
+from agent.llm import LLMConfig
+from agent.state import AgentConfig
+from distill.dataset import DatasetConfig
+from distill.train.config import TrainConfig
+from evals.gate import GateConfig
+from memory.errors import ConfigError
+from memory.recall import RecallConfig
+from serve.engine import EngineConfig
+
+TOML_FILE = "nightschool.toml"
+
+
+class ServerConfig(BaseModel):
+    """The users' port."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    host: str = Field(default="127.0.0.1", description="loopback only, until keys are switched on")
+    port: int = Field(default=8000, ge=0, le=65535, description="0 picks a free port")
+    max_concurrent: int = Field(default=32, ge=1, description="agent runs at once; further ones wait")
+    max_waiting: int = Field(default=1024, ge=1, description="requests that may wait; further ones get 429")
+
+
+class NightConfig(BaseModel):
+    """What a night learns from, and how it is judged."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    recipes: list[str] = Field(default=["successes", "corrections", "contrast"])
+    train_from: Literal["champion", "base"] = Field(
+        default="champion",
+        description="start from the champion with new and replayed examples, or from the base with all",
+    )
+    replay_share: float = Field(
+        default=0.5, ge=0, le=4, description="earlier nights' examples per new one, when starting from the champion"
+    )
+    dpo: bool = Field(default=False, description="train on preference pairs after SFT (in the spike it did harm)")
+    principles: int = Field(default=8, ge=0, description="principles distilled in one night at most")
+    min_examples: int = Field(default=8, ge=1, description="fewer new examples: the night skips itself")
+    held_out_share: float = Field(
+        default=0.2, ge=0, le=0.9, description="share of judged tasks kept for the gate when no suite file is given"
+    )
+    concurrency: int = Field(default=32, ge=1, description="evaluation runs at once")
+
+
+class Settings(BaseSettings):
+    """Everything that can be configured."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="NIGHTSCHOOL_", env_nested_delimiter="__", toml_file=TOML_FILE, extra="forbid", frozen=True
+    )
+
+    data_dir: Path = Field(default=Path("data"), description="everything Nightschool keeps")
+    ledger_url: str | None = Field(default=None, description="SQLAlchemy URL; default: SQLite in data_dir")
+    model: str = Field(default="HuggingFaceTB/SmolLM2-135M-Instruct", description="hub id or folder of the base model")
+    embedder: str = Field(default="wordllama", description="wordllama | sentence-transformers:NAME | litellm:MODEL")
+    server: ServerConfig = Field(default_factory=ServerConfig)
+    engine: EngineConfig = Field(default_factory=EngineConfig)
+    agent: AgentConfig = Field(default_factory=AgentConfig)
+    llm: LLMConfig = Field(default_factory=LLMConfig)
+    recall: RecallConfig = Field(default_factory=RecallConfig)
+    night: NightConfig = Field(default_factory=NightConfig)
+    dataset: DatasetConfig = Field(default_factory=DatasetConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    gate: GateConfig = Field(default_factory=GateConfig)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+
+    @property
+    def database_url(self) -> str:
+        """The ledger's URL."""
+        return self.ledger_url or f"sqlite:///{(self.data_dir / 'ledger.sqlite').resolve()}"
+
+    @property
+    def adapters_dir(self) -> Path:
+        """The registry's root: the engine loads adapters from nowhere else."""
+        return (self.data_dir / "adapters").resolve()
+
+    @property
+    def models_dir(self) -> Path:
+        """Prepared base models."""
+        return (self.data_dir / "models").resolve()
+
+    @property
+    def suites_dir(self) -> Path:
+        """Frozen suites, one JSONL each."""
+        return (self.data_dir / "suites").resolve()
+
+    def night_dir(self, night_id: str) -> Path:
+        """Dataset, events and report of one night."""
+        return (self.data_dir / "nights" / night_id).resolve()
+
+
+def load_settings(**overrides: Any) -> Settings:
+    """The settings in force. ConfigError, one line, when a value is unusable."""
+    given = {name: value for name, value in overrides.items() if value is not None}
+    try:
+        return Settings(**given)
+    except ValidationError as exc:
+        first = exc.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "settings"
+        raise ConfigError(f"setting {where!r}: {first['msg']} (got {first.get('input')!r})") from exc
+    except ValueError as exc:
+        raise ConfigError(f"cannot read {TOML_FILE}: {exc}") from exc

@@ -1,0 +1,59 @@
+"""Which suites a night is judged by: files of the operator, or tasks held out from the day.
+
+Files in `data_dir/suites/*.jsonl` come first. Without a held-out one, a share of the judged tasks,
+chosen by the hash of what was asked, is kept from training and used instead. The plain-chat and
+tool-validity controls are always there.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from evals.chat import chat_suite
+from evals.suites import EvalTask, Suite, load_suite, save_suite, tool_validity_suite
+from memory.errors import NotEnoughExperienceError
+from memory.ledger import Ledger
+from memory.records import Purpose, Task
+from serve.settings import Settings
+
+MAX_HELD_OUT = 200
+
+
+def night_suites(settings: Settings, ledger: Ledger, folder: Path) -> list[Suite]:
+    """The suites of one night, frozen under `folder` at first use, so that a resumed night has the same."""
+    frozen = folder / "suites"
+    if not frozen.exists():
+        temporary = folder / "suites.new"
+        for suite in configured_suites(settings, ledger):
+            save_suite(suite, temporary / f"{suite.name}.jsonl")
+        temporary.rename(frozen)
+    return [load_suite(path) for path in sorted(frozen.glob("*.jsonl"))]
+
+
+def configured_suites(settings: Settings, ledger: Ledger) -> list[Suite]:
+    """The operator's suites, completed. NotEnoughExperienceError when nothing can be held out."""
+    suites = {s.name: s for s in (load_suite(path) for path in sorted(settings.suites_dir.glob("*.jsonl")))}
+    if not any(s.role == "held_out" for s in suites.values()):
+        suites["held_out"] = held_out_from_days(ledger, settings.night.held_out_share)
+    if not any(s.role == "control" for s in suites.values()):
+        for control in (chat_suite(), tool_validity_suite()):
+            suites[control.name] = control
+    return list(suites.values())
+
+
+def held_out_from_days(ledger: Ledger, share: float) -> Suite:
+    """The judged tasks whose fingerprint falls into the held-out share, newest 200."""
+    trajectories = ledger.trajectories(purpose=Purpose.SERVE)
+    tasks = ledger.tasks(t.task_id for t in trajectories)
+    chosen: dict[str, Task] = {}
+    for task in tasks.values():
+        judged = task.verifier is not None or task.reference is not None
+        if judged and int(task.fingerprint[:8], 16) / 0xFFFFFFFF < share:
+            chosen[task.fingerprint] = task
+    if not chosen:
+        raise NotEnoughExperienceError(
+            "no task with a verifier or a reference can be held out for the gate: "
+            "run tasks that carry one, or put a suite file into the data folder's suites/"
+        )
+    newest = sorted(chosen.values(), key=lambda t: (t.created_at, t.id))[-MAX_HELD_OUT:]
+    return Suite(name="held_out", role="held_out", tasks=[EvalTask(key=t.fingerprint[:16], task=t) for t in newest])

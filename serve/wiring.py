@@ -1,0 +1,132 @@
+"""Puts the parts together: the only constructor of concrete classes.
+
+One service owns a data folder at a time (a file lock), because Chroma's folder, the engine and the
+nights each have one owner. Other processes find it by `service.json` and talk to it over HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import json
+import os
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from agent.llm import ChatModel, LiteLLMModel
+from agent.state import AgentDeps
+from memory.embed import load_embedder
+from memory.errors import ConfigError, LedgerError, boundary
+from memory.index import Index, drain
+from memory.ledger import Ledger
+from memory.recall import Memory
+from serve import promotion
+from serve.adapters import Residency
+from serve.engine import Engine
+from serve.models import ensure_model
+from serve.settings import Settings
+
+LOCK_FILE = "service.lock"
+INFO_FILE = "service.json"
+
+
+@dataclass(frozen=True)
+class Services:
+    """The running parts, as routes and nights are handed them."""
+
+    settings: Settings
+    ledger: Ledger
+    index: Index
+    memory: Memory
+    engine: Engine
+    residency: Residency
+    llm: ChatModel
+    deps: AgentDeps
+    loop: asyncio.AbstractEventLoop
+    base_model: Path
+
+
+def open_ledger(settings: Settings) -> Ledger:
+    """The ledger with its data folder, made on first use. One clear error when the folder is unusable."""
+    with boundary(LedgerError, f"cannot use the data folder {settings.data_dir}"):
+        settings.data_dir.mkdir(parents=True, exist_ok=True)
+    return Ledger.open(settings.database_url)
+
+
+@asynccontextmanager
+async def build(settings: Settings, on_event: Callable[[str], None] = lambda _: None) -> AsyncIterator[Services]:
+    """Everything, started: the engine is still loading when this yields (`engine.wait_ready`)."""
+    async with AsyncExitStack() as stack:
+        ledger = open_ledger(settings)
+        stack.callback(ledger.close)
+        stack.callback(_own(settings.data_dir))
+        base = await asyncio.to_thread(ensure_model, settings.model, settings.models_dir, on_event)
+        promotion.ensure_base(ledger, settings.model)
+        embedder = await asyncio.to_thread(load_embedder, settings.embedder, settings.data_dir / "embedder")
+        index = await asyncio.to_thread(Index.open, settings.data_dir / "index", embedder)
+        stack.callback(index.close)
+        await asyncio.to_thread(drain, ledger, index)
+        memory = Memory(ledger, index, settings.recall)
+        engine = Engine(settings.engine, model=base, data_dir=settings.data_dir)
+        residency = Residency(engine, settings.adapters_dir, max_loras=settings.engine.max_loras)
+        engine.on_ready = residency.restore
+        await engine.start()
+        stack.push_async_callback(engine.stop)
+        checkpointer = await stack.enter_async_context(_checkpointer(settings.data_dir / "checkpoints.sqlite"))
+        llm = LiteLLMModel(engine, settings.llm)
+        deps = AgentDeps(llm=llm, recaller=memory, config=settings.agent, checkpointer=checkpointer)
+        yield Services(settings, ledger, index, memory, engine, residency, llm, deps, asyncio.get_running_loop(), base)
+
+
+@asynccontextmanager
+async def _checkpointer(path: Path) -> AsyncIterator[Any]:
+    # LangGraph's default would rebuild arbitrary classes from a tampered checkpoint (CVE-2025-64439).
+    os.environ.setdefault("LANGGRAPH_STRICT_MSGPACK", "true")
+    from langgraph.checkpoint.sqlite.aio import AsyncSqliteSaver
+
+    async with AsyncSqliteSaver.from_conn_string(str(path)) as saver:
+        await saver.setup()
+        yield saver
+
+
+def _own(data_dir: Path) -> Callable[[], None]:
+    """Lock the data folder for this process; ConfigError, naming the owner, when it is taken."""
+    lock = (data_dir / LOCK_FILE).open("a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as exc:
+        lock.close()
+        owner = running_service(data_dir) or {}
+        at = f" at {owner['url']} (pid {owner['pid']})" if owner else ""
+        raise ConfigError(f"the data folder {data_dir} is in use by another Nightschool{at}; stop it first") from exc
+    (data_dir / INFO_FILE).unlink(missing_ok=True)
+
+    def release() -> None:
+        (data_dir / INFO_FILE).unlink(missing_ok=True)
+        lock.close()
+
+    return release
+
+
+def announce(data_dir: Path, url: str) -> None:
+    """Tell other processes where this service listens."""
+    temporary = data_dir / f"{INFO_FILE}.new"
+    temporary.write_text(json.dumps({"url": url, "pid": os.getpid()}))
+    temporary.replace(data_dir / INFO_FILE)
+
+
+def running_service(data_dir: Path) -> dict[str, Any] | None:
+    """{"url", "pid"} of the service that owns the folder; None when there is none (a dead one's file is ignored)."""
+    try:
+        info = json.loads((data_dir / INFO_FILE).read_text())
+        with (data_dir / LOCK_FILE).open("a+") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                return info
+    except (OSError, ValueError):
+        return None
+    return None

@@ -1,0 +1,259 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distill.train.__main__ import main
+from distill.train.config import TrainConfig, TrainJob, finished
+from distill.train.job import train
+from distill.train.launch import run
+from memory.errors import TrainingError
+from tests.distill.train_fixtures import make_base, preferences, say, sft, sums, write_dataset
+
+PYTHON = Path(sys.executable)
+
+
+def make_job(tmp_path: Path, examples: list, name: str = "adapter", parent: Path | None = None, **settings) -> TrainJob:
+    base = tmp_path / "base"
+    if not base.exists():
+        make_base(base)
+    config = TrainConfig(**{"layers": 2, "batch_size": 4, "rank": 4, "threads": 1, **settings})
+    dataset = write_dataset(tmp_path / f"{name}-data", examples)
+    return TrainJob(
+        dataset_dir=dataset, base_model=base, parent_adapter=parent, out_dir=tmp_path / "out" / name, config=config
+    )
+
+
+def events_of(job: TrainJob, kind: str | None = None) -> list[dict[str, Any]]:
+    lines = job.progress_path.read_text().splitlines() if job.progress_path.exists() else []
+    return [e for e in map(json.loads, lines) if kind is None or e["event"] == kind]
+
+
+def tensor_names(folder: Path) -> list[str]:
+    from safetensors import safe_open
+
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+        return list(file.keys())
+
+
+def test_a_run_leaves_an_adapter_of_the_upper_blocks_a_result_and_its_progress(tmp_path):
+    job = make_job(tmp_path, sums(8) + preferences(4), epochs=4, learning_rate=1e-2)
+    result = train(job)
+    assert finished(job) == result
+    assert result.losses["sft"][-1] < result.losses["sft"][0]
+    assert result.reference_loss == pytest.approx(0.6931, abs=1e-3)
+    assert 0 < result.mask_share == result.trained_tokens / result.tokens < 1
+    described = json.loads((job.out_dir / "adapter_config.json").read_text())
+    assert described["base_model_name_or_path"] == str(job.base_model)
+    assert all(".layers.2." in name or ".layers.3." in name for name in tensor_names(job.out_dir))
+    assert not (job.out_dir / "ref").exists()
+    steps = events_of(job, "step")
+    assert [s["step"] for s in steps] == list(range(1, 8 // 4 * 4 + 4 // 4 * 2 + 1)) or len(steps) == 10
+    assert steps[-1]["tokens"] == result.tokens
+    assert [e["event"] for e in events_of(job)][:1] == ["start"]
+    assert [e["event"] for e in events_of(job)][-1] == "done"
+    assert len(events_of(job, "cache")) == 1
+
+
+def test_a_finished_run_is_not_made_again(tmp_path):
+    job = make_job(tmp_path, sums(4), epochs=1)
+    first = train(job)
+    before = events_of(job)
+    assert run(job, Path("/no/such/python"), print) == first
+    assert events_of(job) == before
+
+
+def test_a_run_goes_on_from_its_parent_adapter(tmp_path):
+    parent = train(make_job(tmp_path, sums(8), "parent", epochs=15, learning_rate=1e-2))
+    child = train(make_job(tmp_path, sums(8), "child", parent=parent.adapter_dir, epochs=1))
+    assert child.losses["sft"][0] == pytest.approx(parent.losses["sft"][-1], rel=0.3)
+    assert child.losses["sft"][0] < parent.losses["sft"][0] * 0.9
+
+
+def test_dpo_alone_starts_from_the_parent_adapter(tmp_path):
+    parent = train(make_job(tmp_path, sums(8), "parent", epochs=5, learning_rate=1e-2))
+    child = train(make_job(tmp_path, preferences(8), "child", parent=parent.adapter_dir, dpo_learning_rate=5e-3))
+    assert child.reference_loss == pytest.approx(0.6931, abs=1e-4)
+    assert child.losses["dpo"][-1] < child.reference_loss
+    assert child.sft_rows == 0
+
+
+def test_an_unknown_architecture_is_trained_with_the_upper_profile_and_says_so(tmp_path):
+    make_base(tmp_path / "base", "olmo2")
+    job = make_job(tmp_path, sums(4), epochs=1)
+    result = train(job)
+    assert result.profile == "upper"
+    assert "olmo2" in events_of(job, "start")[0]["note"]
+
+
+def test_rows_beyond_the_context_are_left_out_and_counted(tmp_path):
+    long = sft([say("user", "1 + " * 400), say("assistant", "400")])
+    result = train(make_job(tmp_path, [*sums(4), long], epochs=1, max_length=200))
+    assert (result.sft_rows, result.too_long) == (4, 1)
+
+
+@pytest.mark.parametrize(
+    ("examples", "message"),
+    [([], "no examples"), ([sft([say("user", "1"), say("assistant", "2", True)])], "nothing to learn")],
+)
+def test_bad_data_is_refused_with_exit_code_2_and_one_line(tmp_path, examples, message):
+    job = make_job(tmp_path, examples)
+    job_file = tmp_path / "job.json"
+    job_file.write_text(job.model_dump_json())
+    assert main([str(job_file)]) == 2
+    (event,) = events_of(job, "error")
+    assert message in event["message"]
+    assert "\n" not in event["message"]
+    assert not job.out_dir.exists()
+
+
+def test_a_job_file_that_is_none_is_refused(tmp_path, capsys):
+    (tmp_path / "job.json").write_text("{}")
+    assert main([str(tmp_path / "job.json")]) == 2
+    assert "no training job" in capsys.readouterr().err
+
+
+def test_a_foreign_folder_is_never_overwritten(tmp_path):
+    job = make_job(tmp_path, sums(4))
+    (job.out_dir / "precious").mkdir(parents=True)
+    with pytest.raises(TrainingError, match="no finished run"):
+        train(job)
+    assert (job.out_dir / "precious").is_dir()
+
+
+def test_other_data_does_not_go_on_from_the_checkpoints_of_the_first(tmp_path, monkeypatch):
+    job = make_job(tmp_path, sums(4), epochs=1)
+    monkeypatch.setattr("distill.train.job._publish", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        train(job)
+    assert not job.out_dir.exists()
+    monkeypatch.undo()
+    write_dataset(job.dataset_dir, sums(8))
+    assert len(train(job).losses["sft"]) == 2
+
+
+def service(job: TrainJob, tmp_path: Path) -> subprocess.Popen[bytes]:
+    """A process that trains the job, as the service would."""
+    (tmp_path / "the-job.json").write_text(job.model_dump_json())
+    code = (
+        "import sys; from pathlib import Path; from distill.train.config import TrainJob;"
+        "from distill.train.launch import run;"
+        "run(TrainJob.model_validate_json(Path(sys.argv[1]).read_text()), Path(sys.executable), lambda e: None)"
+    )
+    root = str(Path(__file__).resolve().parents[2])
+    environment = {**os.environ, "PYTHONPATH": root}
+    return subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "the-job.json")], env=environment)
+
+
+def wait_for(condition, seconds: float = 120.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def trainer_of(job: TrainJob) -> int:
+    return json.loads((job.work_dir / "lock").read_text())["trainer"][0]
+
+
+def gone(pid: int) -> bool:
+    import psutil
+
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+LONG = {"epochs": 60, "checkpoint_steps": 10, "learning_rate": 1e-3}
+"""Settings of a run with 120 steps over eight rows: long enough to be killed in its middle."""
+
+
+def test_a_killed_run_goes_on_from_its_checkpoint_ends_once_and_never_shows_a_half_adapter(tmp_path):
+    job = make_job(tmp_path, sums(8), **LONG)
+    over, half = threading.Event(), []
+
+    def watch() -> None:
+        while not over.is_set():
+            if job.out_dir.exists() and not (finished(job) and tensor_names(job.out_dir)):
+                half.append(sorted(p.name for p in job.out_dir.iterdir()))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+
+        def kill_at_checkpoint(event: dict[str, Any]) -> None:
+            if event["event"] == "checkpoint" and event["step"] < 100:
+                os.kill(trainer_of(job), signal.SIGKILL)
+
+        with pytest.raises(TrainingError, match=r"trainer died \(exit code -9\)"):
+            run(job, PYTHON, kill_at_checkpoint)
+        assert not job.out_dir.exists()
+        killed_at = events_of(job, "checkpoint")[-1]["step"]
+        seen: list[dict[str, Any]] = []
+        result = run(job, PYTHON, seen.append)
+    finally:
+        over.set()
+        watcher.join()
+    assert half == []
+    resumed = [e["step"] for e in seen if e["event"] == "step"]
+    assert resumed[0] == killed_at + 1
+    assert len(events_of(job, "done")) == 1
+    assert not job.work_dir.exists()
+    uninterrupted = train(job.model_copy(update={"out_dir": tmp_path / "out" / "at-once"}))
+    assert len(result.losses["sft"]) == 120
+    assert result.losses["sft"] == pytest.approx(uninterrupted.losses["sft"], rel=0.01)
+
+
+def test_a_trainer_ends_when_its_service_dies_and_the_next_service_finishes_the_job(tmp_path):
+    job = make_job(tmp_path, sums(8), **{**LONG, "epochs": 400})
+    first = service(job, tmp_path)
+    wait_for(lambda: events_of(job, "checkpoint"))
+    trainer = trainer_of(job)
+    with pytest.raises(TrainingError, match="training this job already"):
+        run(job, PYTHON, print)
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    wait_for(lambda: gone(trainer), 30)
+    assert not job.out_dir.exists()
+
+
+def test_an_orphan_that_does_not_end_by_itself_is_killed_before_the_job_goes_on(tmp_path):
+    job = make_job(tmp_path, sums(8), **LONG)
+    first = service(job, tmp_path)
+    wait_for(lambda: events_of(job, "checkpoint"))
+    trainer = trainer_of(job)
+    os.kill(trainer, signal.SIGSTOP)  # it can neither train nor watch its parent
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    result = run(job, PYTHON, lambda event: None)
+    assert gone(trainer)
+    assert len(result.losses["sft"]) == 120
+    assert len(events_of(job, "done")) == 1
+
+
+def test_cancelling_ends_the_trainer_and_keeps_its_checkpoints(tmp_path):
+    job = make_job(tmp_path, sums(8), **{**LONG, "epochs": 400})
+    trainers: list[int] = []
+
+    def note(event: dict[str, Any]) -> None:
+        if event["event"] == "checkpoint":
+            trainers.append(trainer_of(job))
+
+    with pytest.raises(TrainingError, match="cancelled"):
+        run(job, PYTHON, note, cancelled=lambda: bool(trainers))
+    assert gone(trainers[0])
+    assert list((job.work_dir / "sft").glob("checkpoint-*"))
+    assert not job.out_dir.exists()
+
+
+def test_the_trainers_last_word_reaches_the_service(tmp_path):
+    job = make_job(tmp_path, [sft([say("user", "1"), say("assistant", "2", True)])])
+    with pytest.raises(TrainingError, match="nothing to learn from it"):
+        run(job, PYTHON, lambda event: None)

@@ -1,0 +1,234 @@
+"""The index follows the ledger, and whatever happens to its folder it can be made again."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from memory.embed import Embedder
+from memory.errors import IndexUnavailableError
+from memory.index import Index, drain, rebuild, sync
+from memory.ledger import Ledger
+from memory.records import MemoryKind, MemoryStatus
+from tests.memory import samples
+
+RUN = MemoryKind.RUN
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "index" / "chroma"
+
+
+@pytest.fixture
+def index(folder: Path, embedder: Embedder) -> Iterator[Index]:
+    opened = Index.open(folder, embedder)
+    yield opened
+    opened.close()
+
+
+class Other:
+    """The same embedder under another name: its vectors must not be trusted."""
+
+    def __init__(self, inner: Embedder) -> None:
+        self.name = "other"
+        self.dimensions = inner.dimensions // 2
+        self._inner = inner
+
+    def embed(self, texts: list[str]) -> list[list[float]]:
+        return [vector[: self.dimensions] for vector in self._inner.embed(texts)]
+
+
+def test_what_is_added_to_the_ledger_is_found_after_a_drain(sqlite_ledger: Ledger, index: Index):
+    cows = samples.remember(sqlite_ledger, "How many legs do 4 cows have?")
+    samples.remember(sqlite_ledger, "Sort these words by length.")
+    drain(sqlite_ledger, index)
+    (nearest, similarity), (_, lesser) = index.query(RUN, "default", "How many legs do 7 cows have?", 5)
+    assert nearest == cows.id
+    assert 1.0 >= similarity > lesser >= -1.0
+    assert sqlite_ledger.outbox(10) == []
+    assert drain(sqlite_ledger, index) == 0
+
+
+def test_a_retired_item_leaves_the_index_and_may_come_back(sqlite_ledger: Ledger, index: Index):
+    run = samples.remember(sqlite_ledger, "How many legs do 4 cows have?")
+    sync(sqlite_ledger, index)
+    sqlite_ledger.set_memory_status(run.id, MemoryStatus.RETIRED, "it misled")
+    assert drain(sqlite_ledger, index) == 1
+    assert index.query(RUN, "default", run.question, 5) == []
+    sqlite_ledger.set_memory_status(run.id, MemoryStatus.ACTIVE, "it did not")
+    drain(sqlite_ledger, index)
+    assert [found for found, _ in index.query(RUN, "default", run.question, 5)] == [run.id]
+
+
+def test_changes_followed_twice_or_late_come_to_the_same(sqlite_ledger: Ledger, index: Index):
+    run = samples.remember(sqlite_ledger, "How many legs do 4 cows have?")
+    sync(sqlite_ledger, index)
+    index.upsert(RUN, "default", [(run.id, run.question)])
+    index.delete(RUN, "default", ["run_never_in", run.id])
+    index.delete(RUN, "nobody", [run.id])
+    sqlite_ledger.set_memory_status(run.id, MemoryStatus.RETIRED, "one")
+    sqlite_ledger.set_memory_status(run.id, MemoryStatus.ACTIVE, "two")
+    assert drain(sqlite_ledger, index, batch=1) == 2
+    assert index.count() == 1
+
+
+def test_tenants_and_kinds_are_kept_apart(sqlite_ledger: Ledger, index: Index):
+    question = "How many legs do 4 cows have?"
+    mine, theirs = samples.remember(sqlite_ledger, question, "ada"), samples.remember(sqlite_ledger, question, "bob")
+    sqlite_ledger.add_principle(samples.principle(question, "ada"))
+    sync(sqlite_ledger, index)
+    assert [found for found, _ in index.query(RUN, "ada", question, 9)] == [mine.id]
+    assert [found for found, _ in index.query(RUN, "bob", question, 9)] == [theirs.id]
+    assert index.query(RUN, "ada/../bob", question, 9) == []
+    assert len(index.query(MemoryKind.PRINCIPLE, "ada", question, 9)) == 1
+
+
+def test_blank_texts_are_no_items_of_the_index(sqlite_ledger: Ledger, index: Index):
+    samples.remember(sqlite_ledger, "  \n")
+    assert sync(sqlite_ledger, index) == 0
+    assert index.query(RUN, "default", " ", 5) == []
+
+
+def test_a_folder_has_one_owner(folder: Path, index: Index, embedder: Embedder):
+    with pytest.raises(IndexUnavailableError, match="open already"):
+        Index.open(folder, embedder)
+
+
+def test_an_index_opened_again_holds_what_it_held(sqlite_ledger: Ledger, folder: Path, embedder: Embedder):
+    run = samples.remember(sqlite_ledger, "How many legs do 4 cows have?")
+    first = Index.open(folder, embedder)
+    assert first.needs_rebuild
+    sync(sqlite_ledger, first)
+    first.close()
+    with pytest.raises(IndexUnavailableError):
+        first.query(RUN, "default", run.question, 1)
+    second = Index.open(folder, embedder)
+    assert not second.needs_rebuild
+    assert [found for found, _ in second.query(RUN, "default", run.question, 1)] == [run.id]
+    second.close()
+
+
+def test_another_embedder_asks_for_a_rebuild_and_gets_it(sqlite_ledger: Ledger, folder: Path, embedder: Embedder):
+    run = samples.remember(sqlite_ledger, "How many legs do 4 cows have?")
+    first = Index.open(folder, embedder)
+    sync(sqlite_ledger, first)
+    first.close()
+    second = Index.open(folder, Other(embedder))
+    assert second.needs_rebuild
+    with pytest.raises(IndexUnavailableError, match="rebuilt"):
+        second.query(RUN, "default", run.question, 1)
+    drain(sqlite_ledger, second)
+    assert [found for found, _ in second.query(RUN, "default", run.question, 1)] == [run.id]
+    second.close()
+
+
+def test_an_index_that_lost_items_is_rebuilt_at_start(sqlite_ledger: Ledger, index: Index):
+    runs = [samples.remember(sqlite_ledger, f"How many legs do {i} cows have?") for i in range(3)]
+    sync(sqlite_ledger, index)
+    index.delete(RUN, "default", [runs[1].id])
+    assert sync(sqlite_ledger, index) == 3
+
+
+def test_a_rebuild_that_was_cut_short_is_asked_for_again(sqlite_ledger: Ledger, folder: Path, embedder: Embedder):
+    samples.remember(sqlite_ledger, "How many legs do 4 cows have?")
+    first = Index.open(folder, embedder)
+    sync(sqlite_ledger, first)
+    first.clear()
+    first.close()
+    second = Index.open(folder, embedder)
+    assert second.needs_rebuild
+    assert rebuild(sqlite_ledger, second) == 1
+    assert not second.needs_rebuild
+    second.close()
+
+
+def delete_all(folder: Path) -> None:
+    shutil.rmtree(folder)
+
+
+def cut_the_vectors(folder: Path) -> None:
+    torn = [path for path in folder.rglob("*.bin") if path.stat().st_size]
+    assert torn
+    for path in torn:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def garble_the_database(folder: Path) -> None:
+    path = folder / "chroma.sqlite3"
+    data = bytearray(path.read_bytes())
+    data[:4096] = bytes(range(256)) * 16
+    path.write_bytes(data)
+
+
+def cut_the_database(folder: Path) -> None:
+    path = folder / "chroma.sqlite3"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 3])
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory, embedder: Embedder) -> Path:
+    """A ledger and an index past the size at which Chroma writes its vector files."""
+    home = tmp_path_factory.mktemp("filled")
+    ledger = Ledger.open(f"sqlite:///{home}/ledger.db")
+    for i in range(1100):
+        ledger.add_principle(samples.principle(f"Rule {i}: cows have {i} legs in puzzle {i * 7}."))
+    index = Index.open(home / "chroma", embedder)
+    assert sync(ledger, index) == 1100
+    index.close()
+    ledger.close()
+    return home
+
+
+@pytest.mark.parametrize("harm", [delete_all, cut_the_vectors, garble_the_database, cut_the_database])
+def test_a_harmed_folder_is_noticed_and_made_again(
+    filled: Path, tmp_path: Path, embedder: Embedder, harm: Callable[[Path], None]
+):
+    home = tmp_path / "home"
+    shutil.copytree(filled, home)
+    harm(home / "chroma")
+    ledger = Ledger.open(f"sqlite:///{home}/ledger.db")
+    index = Index.open(home / "chroma", embedder)
+    assert (index.moved_aside is not None) == (harm is not delete_all)
+    assert index.moved_aside is None or index.moved_aside.is_dir()
+    assert sync(ledger, index) == 1100
+    text = ledger.principles()[500].text
+    assert index.query(MemoryKind.PRINCIPLE, "default", text, 1)[0][0] == ledger.principles()[500].id
+    index.close()
+    ledger.close()
+
+
+def test_an_index_killed_while_it_follows_catches_up(tmp_path: Path, embedder: Embedder):
+    script = """
+import os, signal, sys, threading
+from pathlib import Path
+from memory.embed import load_embedder
+from memory.index import Index, drain, sync
+from memory.ledger import Ledger
+from tests.memory import samples
+home = Path(sys.argv[1])
+ledger = Ledger.open(f"sqlite:///{home}/ledger.db")
+index = Index.open(home / "chroma", load_embedder("wordllama", home))
+sync(ledger, index)
+for i in range(300):
+    ledger.add_principle(samples.principle(f"Rule {i}: cows have {i} legs."))
+acknowledge = ledger.ack_outbox
+def die(seq):
+    acknowledge(seq)
+    os.kill(os.getpid(), signal.SIGKILL)
+ledger.ack_outbox = die
+drain(ledger, index, batch=50)
+"""
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, timeout=120)
+    ledger = Ledger.open(f"sqlite:///{tmp_path}/ledger.db")
+    assert len(ledger.outbox(500)) == 250
+    index = Index.open(tmp_path / "chroma", embedder)
+    assert sync(ledger, index) == 300
+    index.close()
+    ledger.close()
