@@ -12,6 +12,7 @@ import ast
 import math
 import re
 from fractions import Fraction
+from functools import reduce
 
 from memory.errors import ToolError
 
@@ -32,29 +33,42 @@ def calculate(expression: str) -> str:
         return _show(_solve(inner.group(1)))
     if _is_equation(text):
         return _show(_solve(text))
-    return _show(_number(_evaluate(_tree(text))))
+    return _show(_value(text))
 
 
 def _is_equation(text: str) -> bool:
     _, eq, right = text.partition("=")
-    return bool(eq) and "=" not in right and '("' not in text
+    return bool(eq) and "=" not in right and not set("\"'") & set(text)
+
+
+def _value(text: str) -> Fraction:
+    try:
+        return _number(_evaluate(_tree(text)))
+    except RecursionError as exc:
+        raise ToolError("the expression is nested too deeply") from exc
 
 
 def _tree(text: str) -> ast.expr:
     try:
-        return ast.parse(text, mode="eval").body
+        tree = ast.parse(text, mode="eval").body
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, float):
+                if not math.isfinite(node.value):
+                    raise ToolError("a number is too large")
+                # The decimal as it was written, not the nearest float.
+                exact = Fraction(ast.get_source_segment(text, node) or "") if node.value else Fraction(0)
+                node.value = exact  # pyright: ignore[reportAttributeAccessIssue]
     except (SyntaxError, ValueError, RecursionError, MemoryError) as exc:
         raise ToolError(f"cannot read the expression {text[:80]!r}") from exc
+    return tree
 
 
 def _evaluate(node: ast.expr) -> Fraction | str:
     match node:
         case ast.Constant(value=bool()):
             raise ToolError("true and false are not numbers")
-        case ast.Constant(value=int() | float() as value):
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ToolError("a number is too large")
-            return Fraction(str(value)) if isinstance(value, float) else Fraction(value)
+        case ast.Constant(value=int() | Fraction() as value):
+            return Fraction(value)
         case ast.Constant(value=str() as value):
             return value
         case ast.UnaryOp(op=ast.USub(), operand=operand):
@@ -117,14 +131,15 @@ def _call(name: str, args: list[Fraction | str]) -> Fraction:
                 return Fraction(text.lower().count(letter.lower()))
         raise ToolError('count needs a letter and a text: count("a", "banana")')
     if name in ("gcd", "lcm"):
-        numbers = _integers(name, args)
-        return _number(Fraction(math.gcd(*numbers) if name == "gcd" else math.lcm(*numbers)))
+        step = math.gcd if name == "gcd" else math.lcm
+        # One by one, so that a product that grows out of bounds is stopped on its way.
+        return reduce(lambda a, b: _number(Fraction(step(int(a), b))), _integers(name, args), Fraction(step()))
     if name == "sqrt" and len(args) == 1:
         value = _number(args[0])
         if value < 0:
             raise ToolError("sqrt of a negative number")
         root = Fraction(math.isqrt(value.numerator), math.isqrt(value.denominator))
-        return root if root * root == value else Fraction(str(math.sqrt(value)))
+        return root if root * root == value else Fraction(str(math.sqrt(_float(value))))
     match name, [_number(a) for a in args]:
         case "abs", [value]:
             return abs(value)
@@ -138,7 +153,7 @@ def _call(name: str, args: list[Fraction | str]) -> Fraction:
 
 
 def _solve(equation: str) -> Fraction:
-    """The root of a linear equation in one unknown, from its values at 0, 1 and 2."""
+    """The root of a linear equation in one unknown, from its values at 0, 1 and 2, put in to make sure."""
     left, eq, right = equation.partition("=")
     if not eq or "=" in right:
         raise ToolError("solve needs one equation: solve(3*x + 4 = 10)")
@@ -147,23 +162,26 @@ def _solve(equation: str) -> Fraction:
         raise ToolError(f"solve needs exactly one unknown, got {sorted(unknowns)}")
     (unknown,) = unknowns
 
-    def difference(x: int) -> Fraction:
+    def difference(x: int | Fraction) -> Fraction:
         filled = [re.sub(rf"(\d)\s*{unknown}\b", rf"\1*({x})", side) for side in (left, right)]
         filled = [re.sub(rf"\b{unknown}\b", f"({x})", side).strip() for side in filled]
-        return _number(_evaluate(_tree(filled[0]))) - _number(_evaluate(_tree(filled[1])))
+        return _value(filled[0]) - _value(filled[1])
 
     at0, at1, at2 = difference(0), difference(1), difference(2)
     slope = at1 - at0
-    if slope == 0 or at2 - at1 != slope:
+    if slope == 0 or at2 - at1 != slope or difference(root := _number(-at0 / slope)) != 0:
         raise ToolError("the equation is not linear in its unknown")
-    return -at0 / slope
+    return root
 
 
 def _show(value: Fraction) -> str:
     if value.denominator == 1:
         return str(value.numerator)
+    return repr(_float(value))
+
+
+def _float(value: Fraction) -> float:
     try:
-        shown = repr(float(value))
+        return float(value)
     except OverflowError as exc:
         raise ToolError("the result is too large") from exc
-    return shown

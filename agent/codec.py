@@ -62,8 +62,8 @@ def parse(text: str, tools: list[str]) -> Action | None:
     match = _ACTION.match(first_line)
     if match is None:
         return None
-    name, inside = match.group(1), match.group(2).strip()
-    if not inside:
+    name, inside = match.group(1), match.group(2)
+    if not inside.strip():
         return None
     if name == FINISH:
         return Action(tool=None, arguments={}, answer=_unescape(inside))

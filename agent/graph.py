@@ -39,7 +39,7 @@ def build_graph(checkpointer: Any = None) -> Any:
     return graph.compile(checkpointer=checkpointer)
 
 
-async def _recall(state: RunState, runtime: Any) -> RunState:
+async def _recall(state: RunState, runtime: Any) -> dict[str, Any]:
     import asyncio
 
     context: RunContext = runtime.context
@@ -53,7 +53,7 @@ async def _recall(state: RunState, runtime: Any) -> RunState:
     }
 
 
-async def _act(state: RunState, runtime: Any) -> RunState:
+async def _act(state: RunState, runtime: Any) -> dict[str, Any]:
     context: RunContext = runtime.context
     tools, messages = context.tools, state["messages"]
     budget = int(context.sampling.get("max_tokens") or context.deps.config.max_tokens)
@@ -70,15 +70,15 @@ async def _act(state: RunState, runtime: Any) -> RunState:
         {"role": "assistant", "content": reply.text, "name": MALFORMED} if action is None else assistant_message(action)
     )
     steps = [*state["steps"], _step(reply, len(messages)).model_dump(mode="json")]
-    update: RunState = {"messages": [*messages, said], "steps": steps, "answer": None, "stop_reason": None}
+    update: dict[str, Any] = {"messages": [*messages, said], "steps": steps, "answer": None, "stop_reason": None}
     if action is None:
-        update["stop_reason"] = StopReason.MALFORMED
+        update["stop_reason"] = StopReason.MALFORMED.value
     elif action.tool is None:
-        update["answer"] = action.answer
+        update["answer"] = (action.answer or "").strip() if tools else action.answer
         cut = not tools and reply.finish_reason == "length"
-        update["stop_reason"] = StopReason.LENGTH if cut else StopReason.ANSWER
+        update["stop_reason"] = (StopReason.LENGTH if cut else StopReason.ANSWER).value
     elif _spent(steps, context):
-        update["stop_reason"] = StopReason.MAX_TURNS
+        update["stop_reason"] = StopReason.MAX_TURNS.value
     return update
 
 
@@ -107,7 +107,7 @@ def _spent(steps: list[dict[str, Any]], context: RunContext) -> bool:
     return len(steps) >= config.max_turns or tokens >= config.max_run_tokens
 
 
-async def _tools(state: RunState, runtime: Any) -> RunState:
+async def _tools(state: RunState, runtime: Any) -> dict[str, Any]:
     import json
 
     messages = list(state["messages"])
@@ -118,10 +118,11 @@ async def _tools(state: RunState, runtime: Any) -> RunState:
     return {"messages": messages}
 
 
-async def _check(state: RunState, runtime: Any) -> RunState:
+async def _check(state: RunState, runtime: Any) -> dict[str, Any]:
     """Look at the form of the answer only: a look at the reference would be an oracle's retry."""
     if (
         state["stop_reason"] == StopReason.MALFORMED
+        and runtime.context.tools
         and not state["reminded"]
         and not _spent(state["steps"], runtime.context)
     ):

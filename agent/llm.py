@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from memory.errors import ContextLengthError, ModelError, ModelUnavailableError
 from memory.records import Message
+
+WORTH_RETRYING = frozenset({408, 409, 425, 429})
+"""The statuses between 400 and 499 that may pass; the others say that the request is wrong."""
 
 
 class LLMConfig(BaseModel):
@@ -90,6 +94,8 @@ class LiteLLMModel:
     async def complete(self, request: ChatRequest) -> ChatReply:
         started = time.monotonic()
         response = await self._retrying(lambda: self._call(request, stream=False))
+        if not response.choices:
+            raise ModelError("the engine's reply holds no choice; look into its log")
         choice = response.choices[0]
         extra = _extra(choice)
         usage = getattr(response, "usage", None)
@@ -120,9 +126,9 @@ class LiteLLMModel:
                     yield piece
         except Exception as exc:
             raise _translate(exc) from exc
-        if finish is None:
-            # LiteLLM's wrapper can swallow an in-band error (BerriAI/litellm #40578): a stream that
-            # ends without a finish reason was cut, and saying nothing would make it a success.
+        if getattr(chunks, "received_finish_reason", None) is None:
+            # LiteLLM makes up a "stop" when a stream just ends; only this attribute of its wrapper has what
+            # the engine said. Without it the stream was cut, and saying nothing would make it a success.
             raise ModelError("the engine's stream broke off before the reply was finished; try again")
         yield ChatReply(
             text=text,
@@ -133,11 +139,7 @@ class LiteLLMModel:
         )
 
     async def _call(self, request: ChatRequest, *, stream: bool) -> Any:
-        # Without it, importing LiteLLM fetches a price list from the network.
-        os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
-        import litellm
-
-        litellm.suppress_debug_info = True
+        litellm = await asyncio.to_thread(_litellm)
         arguments: dict[str, Any] = {**request.sampling}
         model = request.model
         if self._endpoint is not None:
@@ -175,16 +177,27 @@ class LiteLLMModel:
         raise AssertionError("unreachable")
 
 
+def _litellm() -> Any:
+    """LiteLLM; its import takes ten seconds of processor time, so call this off the event loop."""
+    # Without it, the import fetches a price list from the network.
+    os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
+    import litellm
+
+    litellm.suppress_debug_info = True
+    return litellm
+
+
 def _translate(exc: Exception) -> ModelError:
     """LiteLLM's error as ours: a wrong request, or a model that is away or too busy."""
-    import litellm
+    from litellm import exceptions
 
     if isinstance(exc, ModelError):
         return exc
     message = str(exc).split("\n")[0][:500]
-    if isinstance(exc, litellm.ContextWindowExceededError) or "maximum context length" in message:
+    if isinstance(exc, exceptions.ContextWindowExceededError) or "maximum context length" in message:
         return ContextLengthError(f"the prompt does not fit the model's context: {message}")
-    if isinstance(exc, litellm.BadRequestError | litellm.AuthenticationError | litellm.NotFoundError):
+    status = getattr(exc, "status_code", None)
+    if isinstance(status, int) and 400 <= status < 500 and status not in WORTH_RETRYING:
         return ModelError(f"the model refused the call: {message}")
     return ModelUnavailableError(f"the model cannot be reached: {message}")
 
@@ -224,6 +237,6 @@ class ScriptedModel:
 
     async def stream(self, request: ChatRequest) -> AsyncIterator[str | ChatReply]:
         reply = await self.complete(request)
-        for piece in reply.text.split(" "):
-            yield piece + " "
+        for piece in re.split(r"(?<= )", reply.text):
+            yield piece
         yield reply

@@ -56,8 +56,8 @@ def _used(messages: list[Message]) -> set[str]:
 def compose(task: Task, tools: list[str], recall: Recall | None) -> list[Message]:
     """Everything before the run's first assistant turn: system, recalled runs, the task's messages.
 
-    Past runs whose tools are not offered are left out (`showable`). A task's own system message stands after ours in the same system turn. Recalled runs are chat
-    turns, each message marked `name="recalled"`.
+    Recalled runs are chat turns, each message marked `name="recalled"`; those whose tools are not offered
+    are left out (`showable`). A task's own system message stands after ours in the same system turn.
     """
     recall = showable(recall, tools) if recall else None
     own_system = "\n\n".join(text_of(m) for m in task.messages if m["role"] in ("system", "developer"))

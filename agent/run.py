@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 from agent.graph import build_graph
-from agent.state import AgentDeps, ModelRef, RunContext, RunState
+from agent.state import AgentDeps, ModelRef, RunContext
 from agent.tools import check_tools
 from agent.verify import judge_trajectory
 from memory.errors import NightschoolError, VerifierError
@@ -63,7 +63,7 @@ async def run_task(
     return await _judged(task, trajectory)
 
 
-async def _drive(task: Task, context: RunContext, run_id: str) -> tuple[RunState, NightschoolError | None]:
+async def _drive(task: Task, context: RunContext, run_id: str) -> tuple[dict[str, Any], NightschoolError | None]:
     """The final state, and the error that ended the run early, if one did."""
     checkpointer = context.deps.checkpointer
     graph = build_graph(checkpointer)
@@ -71,7 +71,7 @@ async def _drive(task: Task, context: RunContext, run_id: str) -> tuple[RunState
     begin: Any = {"task": task.model_dump(mode="json")}
     if checkpointer is not None and (await graph.aget_state(thread)).values:
         begin = None
-    state: RunState = {"task": task.model_dump(mode="json")}
+    state: dict[str, Any] = {}
     try:
         async for update in graph.astream(begin, thread, context=context, stream_mode="values"):
             state = update

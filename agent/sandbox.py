@@ -12,6 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from memory.errors import ToolError
 
+PRINTED_BYTES = 1_000_000
+"""Printing more than this is an error: the text is collected outside the sandbox's own memory."""
+
 
 class SandboxConfig(BaseModel):
     """Limits of one run of generated code."""
@@ -28,18 +31,20 @@ def run_python(code: str, config: SandboxConfig | None = None) -> str:
     import pydantic_monty
 
     limits = config or SandboxConfig()
-    printed: list[str] = []
+    printed = pydantic_monty.CollectString(max_bytes=PRINTED_BYTES)
     try:
         with (
             pydantic_monty.Monty() as pool,
             pool.checkout(
-                limits={"max_feed_duration_secs": limits.seconds, "max_memory": limits.memory_bytes}
+                limits={"max_feed_duration_secs": limits.seconds, "max_memory": limits.memory_bytes},
+                # The clock of the limits stands still in a sleep, so sleeping takes no time at all.
+                os_policy={"sleep": "zero"},
             ) as session,
         ):
-            value = session.feed_run(code, print_callback=lambda _stream, text: printed.append(text))
+            value = session.feed_run(code.strip(), print_callback=printed)
+        shown = printed.output + ("" if value is None else str(value))
     except Exception as exc:
-        # Whatever the interpreter or its worker raises is the generated code's failure, not ours.
-        lines = str(exc).strip().splitlines() or [type(exc).__name__]
-        raise ToolError(lines[-1][:400]) from exc
-    shown = "".join(printed) + ("" if value is None else str(value))
+        # Whatever the interpreter or its worker raises is the generated code's failure, not ours, and
+        # so is a value that has no text (an integer of 5000 digits).
+        raise ToolError(" ".join(str(exc).split())[:400] or type(exc).__name__) from exc
     return shown[: limits.output_chars] or "(nothing was printed)"

@@ -57,8 +57,8 @@ class RunContext:
     tools: list[str]
 
 
-class RunState(TypedDict, total=False):
-    """`task`, `recalled` and `steps` are the dumped records."""
+class RunState(TypedDict):
+    """What the nodes pass on; each returns the part that it changes. `task`, `recalled`, `steps`: dumped records."""
 
     task: dict[str, Any]
     messages: list[Message]

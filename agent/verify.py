@@ -35,7 +35,7 @@ def verify(task: Task, answer: str | None) -> Outcome | None:
         return Outcome(score=0.0, by=OutcomeSource.VERIFIER, detail=f"{name}: no answer")
     judge = _find(name)
     with boundary(VerifierError, f"verifier {name!r}"):
-        score = judge(task, answer, spec.args if spec else {})
+        score = float(judge(task, answer, spec.args if spec else {}))
     return Outcome(score=min(1.0, max(0.0, score)), by=OutcomeSource.VERIFIER, detail=name)
 
 
@@ -48,14 +48,10 @@ def check_verifier(task: Task) -> None:
 def judge_trajectory(task: Task, trajectory: Trajectory) -> Outcome | None:
     """As `verify`, for a whole run: `action` looks at how it acted, the others at its answer."""
     if task.verifier is not None and task.verifier.name == "action":
-        acted = trajectory.stop_reason in (StopReason.ANSWER, StopReason.MAX_TURNS)
-        failed_calls = [m for m in trajectory.own_messages if _is_error(m)]
-        return Outcome(score=float(acted and not failed_calls), by=OutcomeSource.VERIFIER, detail="action")
+        # Readable actions up to an answer: neither lines that cannot be read nor turns without an end.
+        acted = trajectory.stop_reason is StopReason.ANSWER
+        return Outcome(score=float(acted), by=OutcomeSource.VERIFIER, detail="action")
     return verify(task, trajectory.answer)
-
-
-def _is_error(message: dict[str, Any]) -> bool:
-    return message.get("role") == "tool" and str(message.get("content", "")).startswith("error:")
 
 
 def _reference(task: Task) -> str:
@@ -74,7 +70,7 @@ def _exact(task: Task, answer: str, args: dict[str, Any]) -> float:
 
 def _numeric(task: Task, answer: str, args: dict[str, Any]) -> float:
     """The last number in the answer equals the reference within `tolerance` (relative, default 1e-6)."""
-    got = re.findall(r"-?\d[\d,]*\.?\d*(?:[eE][-+]?\d+)?", answer)
+    got = re.findall(r"-?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?", answer)
     if not got:
         return 0.0
     expected = float(_reference(task).replace(",", ""))
@@ -130,4 +126,5 @@ def _find(name: str) -> Verifier:
     found = [ep for ep in entry_points(group="nightschool.verifiers") if ep.name == name]
     if not found:
         raise VerifierError(f"unknown verifier {name!r}; known: {', '.join(sorted(VERIFIERS))}")
-    return found[0].load()
+    with boundary(VerifierError, f"verifier {name!r} cannot be loaded"):
+        return found[0].load()

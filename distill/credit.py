@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from distill.runs import answer_of, corrected_run
-from distill.snapshot import score_of
+from distill.snapshot import judged_blindly, score_of
 from memory.errors import VerifierError
 from memory.records import Feedback, FeedbackKind, Outcome, OutcomeSource, Purpose, Task, Trajectory, Trust
 
@@ -21,8 +21,6 @@ Verify = Callable[[Task, str], Outcome | None]
 """`agent.verify.verify`: (task, answer) -> how good it is, None when the task has no verifier."""
 
 ANONYMOUS = "anonymous"
-ANSWER_BLIND = frozenset({"action"})
-"""Verifiers that judge how a run acted and not its answer: they cannot support a correction."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +122,7 @@ def _judge_score(said: Feedback, trajectory: Trajectory) -> tuple[Trust, str]:
 
 
 def _verdict(task: Task, answer: str, verify: Verify) -> Outcome | None:
-    if task.verifier is not None and task.verifier.name in ANSWER_BLIND:
+    if judged_blindly(task):
         return None
     try:
         return verify(task, answer)

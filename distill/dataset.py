@@ -126,6 +126,7 @@ def build(
         if repeated and served.with_memory and served.kind is ExampleKind.SFT:
             bare = layout.bare(example, task)
             laid_out.setdefault(bare.id, bare)
+    # Mixed, so that an example and its copy without memory do not share a batch by rule.
     shuffled = sorted(laid_out.values(), key=lambda e: (e.kind, _digest(snapshot, config, e.id)))
     return Dataset(
         examples=shuffled,

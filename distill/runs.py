@@ -63,9 +63,7 @@ def corrected_run(value: Any, task: Task, tools: list[str]) -> list[Message]:
     ValueError with the reason when it is no whole run over `tools`.
     """
     if isinstance(value, str):
-        if not value.strip():
-            raise ValueError("the correction is empty")
-        return [{"role": "assistant", "content": value}]
+        value = [{"role": "assistant", "content": value}]
     if not isinstance(value, list) or not value:
         raise ValueError("a correction is an answer or a list of messages")
     if not all(isinstance(m, dict) for m in value):
@@ -78,6 +76,10 @@ def corrected_run(value: Any, task: Task, tools: list[str]) -> list[Message]:
     flaw = flaw_of(run, tools)
     if flaw:
         raise ValueError(flaw)
+    try:
+        json.dumps(run, ensure_ascii=False).encode()
+    except (TypeError, UnicodeEncodeError) as exc:
+        raise ValueError("the correction holds what no JSON text can hold") from exc
     return run
 
 

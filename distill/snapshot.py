@@ -6,13 +6,13 @@ which tasks are held out. Owns no decision of what may teach (`distill.credit`).
 
 from __future__ import annotations
 
-import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from distill.near import Questions
 from distill.runs import answer_of, corrected_run
 from memory.records import (
     Feedback,
@@ -28,11 +28,8 @@ from memory.records import (
     text_of,
 )
 
-NEAR_DUPLICATE = 0.9
-"""Jaccard similarity of two questions' tokens from which on they are the same question."""
-
-_TOKEN = re.compile(r"\d+(?:\.\d+)?|[^\W\d_]+|[-+*/^=<>%]")
-_DIGIT_COMMA = re.compile(r"(?<=\d),(?=\d{3}\b)")
+ANSWER_BLIND = frozenset({"action"})
+"""Verifiers that judge how a run acted and not its answer: they make no success and support no correction."""
 
 
 @dataclass(frozen=True)
@@ -96,10 +93,12 @@ class Snapshot:
                     continue
 
     def own_successes(self) -> Iterator[tuple[Trajectory, Task, Outcome]]:
-        """The runs that ended in an answer with full marks, by a verifier or by users."""
+        """The runs that ended in an answer with full marks, by a verifier of answers or by users."""
         for trajectory in self.trajectories:
             task, outcome = self.tasks.get(trajectory.task_id), self.outcome(trajectory)
             if task is None or outcome is None or trajectory.stop_reason is not StopReason.ANSWER:
+                continue
+            if outcome.by is OutcomeSource.VERIFIER and judged_blindly(task):
                 continue
             if outcome.success and outcome.by in (OutcomeSource.VERIFIER, OutcomeSource.USER):
                 yield trajectory, task, outcome
@@ -110,8 +109,7 @@ class Snapshot:
             return "held out: the task itself"
         if task.fingerprint in self.held_out:
             return "held out: the same question"
-        asked = [_words(text_of(m)) for m in task.messages if m.get("role") == "user"]
-        if any(_same_question(words, held) for words in asked for held in self._held_out_words):
+        if any(self._held_out_questions.has(text_of(m)) for m in task.messages if m.get("role") == "user"):
             return "held out: nearly the same question"
         return None
 
@@ -132,9 +130,8 @@ class Snapshot:
         return frozenset(t.id for t in self._held_out_known)
 
     @cached_property
-    def _held_out_words(self) -> list[tuple[frozenset[str], Counter[str]]]:
-        distinct = {t.question: None for t in self._held_out_known}
-        return [words for words in map(_words, distinct) if words[0]]
+    def _held_out_questions(self) -> Questions:
+        return Questions(t.question for t in self._held_out_known)
 
 
 def outcome_of(trajectory: Trajectory, feedback: Iterable[Feedback]) -> Outcome | None:
@@ -175,6 +172,11 @@ def corrections_of(trajectory: Trajectory, feedback: Iterable[Feedback]) -> list
     return sorted(last.values(), key=_by_time)
 
 
+def judged_blindly(task: Task) -> bool:
+    """Whether the task's verifier does not look at the answer."""
+    return task.verifier is not None and task.verifier.name in ANSWER_BLIND
+
+
 def score_of(value: Any) -> float | None:
     """A score feedback's value in 0..1; None when it is neither a boolean nor a number in 0..1."""
     if isinstance(value, (bool, int, float)) and 0.0 <= value <= 1.0:
@@ -190,25 +192,3 @@ def _other_answer(value: Any, answer: str | None) -> bool:
     if isinstance(value, list) and value and isinstance(value[-1], dict):
         value = answer_of(value)
     return isinstance(value, str) and " ".join(value.split()) != " ".join((answer or "").split())
-
-
-def _words(text: str) -> tuple[frozenset[str], Counter[str]]:
-    """(the distinct tokens, how often each number occurs); `1,000` is one number."""
-    tokens = _TOKEN.findall(_DIGIT_COMMA.sub("", text.casefold()))
-    return frozenset(tokens), Counter(token for token in tokens if token[0].isdigit())
-
-
-def _same_question(
-    one: tuple[frozenset[str], Counter[str]],
-    other: tuple[frozenset[str], Counter[str]],
-) -> bool:
-    """Nearly the same words, and no number of its own on either side.
-
-    The second rule keeps a family with a long template apart: there two tasks share nearly all
-    words and differ in the numbers.
-    """
-    (words, numbers), (held_words, held_numbers) = one, other
-    shared = len(words & held_words)
-    if shared < NEAR_DUPLICATE * (len(words) + len(held_words) - shared):
-        return False
-    return numbers <= held_numbers or held_numbers <= numbers

@@ -46,7 +46,11 @@ def learning_curve(rows: Sequence[Row], path: Path, title: str = "Held-out succe
         axes.tick_params(colors=INK, length=0)
         for side in ("top", "right", "left"):
             axes.spines[side].set_visible(False)
-        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8.5, labelcolor=INK)
+        handles, labels = axes.get_legend_handles_labels()
+        handles, labels = [handles[-1], *handles[:-1]], [labels[-1], *labels[:-1]]
+        axes.legend(
+            handles, labels, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8.5, labelcolor=INK
+        )
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(f"{path.name}.draft")
         figure.savefig(draft, format="png")

@@ -155,7 +155,9 @@ def _any_kind(connection: Connection, item_id: str) -> Item:
     found = connection.execute(select(items.c.kind).where(items.c.id == item_id)).scalar_one_or_none()
     if found is None:
         raise NotFoundError(f"no memory item {item_id!r} in the ledger")
-    return get(connection, Principle if found == MemoryKind.PRINCIPLE else PastRun, item_id)
+    if found == MemoryKind.PRINCIPLE:
+        return get(connection, Principle, item_id)
+    return get(connection, PastRun, item_id)
 
 
 def newest_change(connection: Connection) -> int:

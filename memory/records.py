@@ -46,8 +46,8 @@ def now() -> datetime:
 
 
 def content_hash(value: Any) -> str:
-    """sha256 (hex) of a JSON-able value in canonical form: sorted keys, no spaces."""
-    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    """sha256 (hex) of a JSON-able value in canonical form: sorted keys, no spaces, ASCII."""
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
@@ -425,7 +425,7 @@ class Promotion(Record):
 
 
 class NightStatus(StrEnum):
-    """The life of a night. The last four are final."""
+    """The life of a night. All but the first are final."""
 
     RUNNING = "running"
     PROMOTED = "promoted"

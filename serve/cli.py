@@ -84,11 +84,10 @@ def feedback(
     hint: Annotated[str | None, typer.Option(help="a sentence that would have helped")] = None,
     comment: Annotated[str | None, typer.Option(help="kept, never trained on")] = None,
     over: Annotated[str | None, typer.Option(help="id of a worse response")] = None,
-    author: Annotated[str, typer.Option()] = "operator",
 ) -> None:
     """Score, correct or comment on a reply; the next night learns from what it can trust."""
     from serve.commands import feedback_value
-    from serve.feedback import FeedbackRequest, store_feedback
+    from serve.feedback import OPERATOR, FeedbackRequest, store_feedback
     from serve.wiring import open_ledger
 
     kind, value = feedback_value(score=score, correction=correction, hint=hint, comment=comment, preference=over)
@@ -98,9 +97,8 @@ def feedback(
             **{"response_id" if response.startswith("chatcmpl-") else "trajectory_id": response},
             kind=kind,
             value=value,
-            author=author,
         )
-        stored = store_feedback(ledger, said)
+        stored = store_feedback(ledger, said, author=OPERATOR)
     finally:
         ledger.close()
     out.print(f"{stored.id}  {stored.kind}  {stored.trust} ({stored.trust_reason})")

@@ -35,7 +35,7 @@ from evals.suites import (
     tool_validity_suite,
     untrained_suite,
 )
-from memory.records import Evaluation, Task, TaskOutcome
+from memory.records import Evaluation, Message, Task, TaskOutcome
 from serve.batch import line_of, run_lines
 from serve.client import Client
 from serve.commands import follow_night, print_night, print_outcomes, progress_bar, share
@@ -194,7 +194,7 @@ def correct(
     ]
     with timings.timed(f"corrections {day}"):
         for task, response in failed:
-            said = {"response_id": response, "kind": "correction", "value": oracle(task, calculate), "author": ORACLE}
+            said = {"response_id": response, "kind": "correction", "value": correct_value(task), "author": ORACLE}
             client.post("/v1/feedback", said)
     console.print(
         f"[yellow]simulated user:[/yellow] {len(failed)} corrections from an oracle over the tasks' references, "
@@ -202,6 +202,11 @@ def correct(
         highlight=False,
     )
     return len(failed)
+
+
+def correct_value(task: Task) -> list[Message]:
+    """The oracle's better run, as OpenAI messages."""
+    return oracle(task, calculate)
 
 
 def live_night(client: Client, number: int, console: Console, timings: Timings) -> None:

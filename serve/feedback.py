@@ -6,7 +6,7 @@ import asyncio
 from typing import Any
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from memory.errors import ConfigError, ConflictError
 from memory.ledger import Ledger
@@ -16,6 +16,8 @@ from serve.wiring import Services
 
 router = APIRouter()
 MAX_TEXT = 20_000
+OPERATOR = "operator"
+"""Prefix of the authors that a night trusts without corroboration; only the CLI signs so."""
 
 
 class FeedbackRequest(BaseModel):
@@ -29,6 +31,13 @@ class FeedbackRequest(BaseModel):
     value: Any
     author: str = Field(default="anonymous", min_length=1, max_length=200)
 
+    @field_validator("author")
+    @classmethod
+    def _operators_are_not_self_made(cls, author: str) -> str:
+        if author.casefold().startswith(OPERATOR):
+            raise ValueError(f"author names that begin with {OPERATOR!r} are reserved for the command line")
+        return author
+
     @model_validator(mode="after")
     def _names_one_run(self) -> FeedbackRequest:
         if (self.response_id is None) == (self.trajectory_id is None):
@@ -36,22 +45,25 @@ class FeedbackRequest(BaseModel):
         return self
 
 
-def store_feedback(ledger: Ledger, said: FeedbackRequest, tenant: str = DEFAULT_TENANT) -> Feedback:
-    """Check and commit. The same word by the same author on the same run is one row, however often sent.
+def store_feedback(
+    ledger: Ledger, said: FeedbackRequest, tenant: str = DEFAULT_TENANT, author: str | None = None
+) -> Feedback:
+    """Check and commit; `author` replaces the one that was claimed. The same word by the same author on
+    the same run is one row, however often sent.
 
     ConfigError for a value that does not fit its kind, NotFoundError for an unknown run.
     """
     trajectory_id = said.trajectory_id or str(said.response_id).removeprefix(RESPONSE_PREFIX)
     ledger.get_trajectory(trajectory_id)
     value = checked_value(said.kind, said.value)
-    identity = content_hash([tenant, trajectory_id, said.kind, value, said.author])
+    identity = content_hash([tenant, trajectory_id, said.kind, value, author or said.author])
     feedback = Feedback(
         id=f"fb_{identity[:32]}",
         trajectory_id=trajectory_id,
         tenant=tenant,
         kind=said.kind,
         value=value,
-        author=said.author,
+        author=author or said.author,
     )
     try:
         ledger.add_feedback(feedback)

@@ -216,7 +216,7 @@ def convert(gguf: Path, out: Path) -> None:
     fresh.tie_weights()
     if not all(torch.isfinite(weight).all() for weight in fresh.parameters()):
         raise EngineError(f"{gguf.name} holds weights that are not finite: the file is damaged")
-    fresh.to(torch.bfloat16).save_pretrained(out, safe_serialization=True)
+    fresh.bfloat16().save_pretrained(out, safe_serialization=True)
     # GGUF names this rule only ("smollm"), and transformers builds GPT-2's, which cuts "\\n 12" otherwise
     # than the model was trained on; this is what the hub's tokenizer.json says.
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(False)])

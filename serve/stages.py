@@ -102,10 +102,14 @@ def snapshot(run: NightRun) -> Output:
 def load_snapshot(run: NightRun) -> Snapshot:
     """The records behind the watermark, always the same for the same night."""
     drawn, ledger = run.done("snapshot"), run.services.ledger
-    trajectories = ledger.trajectories(
+    runs = {t.id: t for t in ledger.trajectories(upto_seq=drawn["upto"]["trajectory"], purpose=Purpose.SERVE)}
+    new = ledger.trajectories(
         after_seq=drawn["since"]["trajectory"], upto_seq=drawn["upto"]["trajectory"], purpose=Purpose.SERVE
     )
-    wanted = {t.id for t in trajectories}
+    # A run that was corrected later than it was made is new experience as well.
+    said = ledger.feedback(after_seq=drawn["since"]["feedback"], upto_seq=drawn["upto"]["feedback"])
+    wanted = {t.id for t in new} | {f.trajectory_id for f in said if f.trajectory_id in runs}
+    trajectories = [runs[id] for id in sorted(wanted)]
     feedback = [f for f in ledger.feedback(upto_seq=drawn["upto"]["feedback"]) if f.trajectory_id in wanted]
     held_out = [item.task for suite in suites_of(run) for item in suite.tasks]
     return Snapshot(

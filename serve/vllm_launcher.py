@@ -31,6 +31,13 @@ def end_with_parent(parent: int, *, whole_group: bool) -> None:
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()
 
 
+def guard_every_path() -> None:
+    """Ask for the key everywhere: vLLM's own check leaves /invocations, /tokenize and others open (vLLM #58144)."""
+    from vllm.entrypoints.serve.middleware import authenticate  # pyright: ignore[reportMissingImports]
+
+    authenticate.GUARDED_PREFIX = ("/",)
+
+
 def repair_cpu_lora() -> None:
     """Give vLLM's CPU backend a LoRA that is right and fast: one small product per adapter in the batch.
 
@@ -88,6 +95,7 @@ def main() -> None:
         os.setpgid(0, 0)
     # The service names itself: had it died before this line, getppid() would already be init.
     end_with_parent(int(os.environ.get("NIGHTSCHOOL_PARENT_PID") or os.getppid()), whole_group=True)
+    guard_every_path()
     # vLLM's own `vllm` command fails with the CPU wheel (it asks for a distribution named "vllm"), and
     # `python -m vllm.entrypoints.openai.api_server` is deprecated for this very function.
     from vllm.entrypoints.launchers.api_server.entry import main as serve  # pyright: ignore[reportMissingImports]

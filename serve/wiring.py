@@ -20,7 +20,7 @@ from agent.llm import ChatModel, LiteLLMModel
 from agent.state import AgentDeps
 from memory.embed import load_embedder
 from memory.errors import ConfigError, LedgerError, boundary
-from memory.index import Index, drain
+from memory.index import Index, sync
 from memory.ledger import Ledger
 from memory.recall import Memory
 from serve import promotion
@@ -68,8 +68,8 @@ async def build(settings: Settings, on_event: Callable[[str], None] = lambda _: 
         embedder = await asyncio.to_thread(load_embedder, settings.embedder, settings.data_dir / "embedder")
         index = await asyncio.to_thread(Index.open, settings.data_dir / "index", embedder)
         stack.callback(index.close)
-        await asyncio.to_thread(drain, ledger, index)
-        memory = Memory(ledger, index, settings.recall)
+        await asyncio.to_thread(sync, ledger, index)
+        memory = Memory(ledger, index, settings.recall, embedder)
         engine = Engine(settings.engine, model=base, data_dir=settings.data_dir)
         residency = Residency(engine, settings.adapters_dir, max_loras=settings.engine.max_loras)
         engine.on_ready = residency.restore

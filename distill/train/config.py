@@ -55,7 +55,8 @@ class TrainConfig(BaseModel):
 
     checkpoint_steps: int = Field(default=20, ge=0)
     """Steps between checkpoints; 0 = none."""
-    gradient_checkpointing: bool = False
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
     processes: int = Field(default=1, ge=1)
     """Training processes on this machine, one per GPU; above 1 they are started by `accelerate launch`."""
     threads: int | None = Field(default=None, ge=1)

@@ -26,29 +26,31 @@ if TYPE_CHECKING:
 def trainer_class() -> type:
     """DPOTrainer for ready token ids, whose frozen reference is gone once its figures are taken."""
     import torch
-    from trl import DPOTrainer
+    from trl.trainer.dpo_trainer import DPOTrainer
 
     class PairTrainer(DPOTrainer):
         def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
             return dataset
 
         def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
-            fast.compact_head(self.model.get_base_model())
+            policy: Any = self.model
+            fast.compact_head(policy.get_base_model())
             measured = super()._precompute_ref_logps(dataset, name, batch_size)
-            if "ref" in self.model.peft_config:
-                self.model.delete_adapter("ref")
+            if "ref" in policy.peft_config:
+                policy.delete_adapter("ref")
             return measured
 
         def starting_loss(self) -> float:
             """The DPO loss of the first pairs as the policy is now, without the SFT term."""
+            policy: Any = self.model
             kinds, weights = self.loss_types, self.loss_weights
             self.loss_types, self.loss_weights = ["sigmoid"], [1.0]
             pairs = [self.train_dataset[i] for i in range(min(len(self.train_dataset), 8))]
             batch = self._prepare_inputs(self.data_collator(pairs))
-            self.model.eval()
+            policy.eval()
             with torch.no_grad(), self.compute_loss_context_manager():
-                loss = float(self._compute_loss(self.model, batch, return_outputs=False))
-            self.model.train()
+                loss = float(self._compute_loss(policy, batch, return_outputs=False))
+            policy.train()
             self.loss_types, self.loss_weights = kinds, weights
             self._metrics["eval"].clear()
             return loss
@@ -69,7 +71,7 @@ def dpo_trainer(
 ) -> Any:
     """The trainer for `pairs` against `model` as it is now, its checkpoints in `folder`."""
     from datasets import Dataset
-    from trl import DPOConfig
+    from trl.trainer.dpo_config import DPOConfig
     from trl.trainer.dpo_trainer import DataCollatorForPreference
 
     pad = DataCollatorForPreference(pad_token_id=int(tokenizer.pad_token_id))  # pyright: ignore[reportArgumentType]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import shutil
 import time
 from dataclasses import dataclass, field
@@ -179,9 +178,7 @@ def _tokens_at(checkpoint: tuple[Path, float] | None) -> int:
     return int(json.loads((checkpoint[0] / "trainer_state.json").read_text())["num_input_tokens_seen"])
 
 
-def _result(
-    job: TrainJob, config: TrainConfig, note: str, data: Data, progress: Progress, tally: Tally
-) -> TrainResult:
+def _result(job: TrainJob, config: TrainConfig, note: str, data: Data, progress: Progress, tally: Tally) -> TrainResult:
     tokens = sum(len(r.input_ids) for r in data.rows) * config.epochs
     tokens += sum(p.tokens for p in data.pairs) * config.dpo_epochs
     trained = sum(r.trained for r in data.rows) * config.epochs + sum(p.trained for p in data.pairs) * config.dpo_epochs
@@ -209,7 +206,7 @@ def _publish(job: TrainJob, adapter: Path, result: TrainResult) -> None:
     shutil.rmtree(ready, ignore_errors=True)
     shutil.copytree(adapter, ready)
     write_whole(ready / RESULT, result.model_dump_json(indent=2))
-    os.rename(ready, job.out_dir)
+    ready.rename(job.out_dir)
 
 
 def _discard_other_work(job: TrainJob, main: bool) -> None:

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -103,9 +103,11 @@ def _command(job: TrainJob, job_file: Path, python: Path) -> list[str]:
     module = ["-m", "distill.train", str(job_file), "--parent", str(os.getpid())]
     if job.config.processes == 1:
         return [str(python), *module]
+    if shutil.which("nvidia-smi") is None:
+        raise TrainingError(f"{job.config.processes} training processes need as many GPUs; set processes to 1")
     launcher = ["-m", "accelerate.commands.launch", "--num_processes", str(job.config.processes)]
     launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    launcher += ["--main_process_port", "0", "--multi_gpu" if shutil.which("nvidia-smi") else "--cpu"]
+    launcher += ["--main_process_port", "0", "--multi_gpu"]
     return [str(python), *launcher, *module]
 
 
@@ -214,10 +216,8 @@ def _end_group(trainer: subprocess.Popen[bytes]) -> None:
 
 
 def _signal_group(leader: int, what: signal.Signals) -> None:
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(leader, what)
-    except ProcessLookupError:
-        pass
 
 
 def _last_line(log: Path) -> str:

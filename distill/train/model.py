@@ -5,7 +5,6 @@ Owns which weights are trained and what an adapter folder holds (PEFT's format, 
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,7 +72,7 @@ def _blocks(model: Any) -> tuple[str, Any]:
 
     lists = [(n.rpartition(".")[2], m) for n, m in model.named_modules() if isinstance(m, torch.nn.ModuleList)]
     if not lists:
-        raise TrainingError(f"{type(model).__name__} has no list of decoder blocks; use profile `standard` on a decoder")
+        raise TrainingError(f"{type(model).__name__} has no list of decoder blocks, so it cannot be trained here")
     return max(lists, key=lambda item: len(item[1]))
 
 
@@ -84,4 +83,4 @@ def save_adapter(model: Any, folder: Path) -> None:
     model.save_pretrained(str(half), selected_adapters=["default"], save_embedding_layers=False)
     (half / "README.md").unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
-    os.rename(half, folder)
+    half.rename(folder)

@@ -98,7 +98,7 @@ def write_whole(path: Path, text: str) -> None:
     """Write a small file so that it is never seen half-written."""
     half = path.with_name(path.name + ".half")
     half.write_text(text, encoding="utf-8")
-    os.replace(half, path)
+    half.replace(path)
 
 
 def last_checkpoint(folder: Path) -> tuple[Path, float] | None:

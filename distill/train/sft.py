@@ -48,7 +48,8 @@ def loop_settings(config: TrainConfig, folder: Path, steps: int) -> dict[str, An
         "use_cpu": not gpu,
         "bf16": gpu,
         "dataloader_pin_memory": gpu,
-        "gradient_checkpointing": config.gradient_checkpointing,
+        # TRL turns it on by default, under the name that transformers 6 drops.
+        "gradient_checkpointing": config.activation_checkpointing,
         "train_sampling_strategy": "group_by_length",
         "remove_unused_columns": False,
         "disable_tqdm": True,
@@ -65,7 +66,7 @@ def steps_of(items: int, batch: int, epochs: int, config: TrainConfig) -> int:
 def trainer_class() -> type:
     """SFTTrainer with a weight per row and, where a cache is given, without the frozen blocks."""
     import torch
-    from trl import SFTTrainer
+    from trl.trainer.sft_trainer import SFTTrainer
 
     class RowTrainer(SFTTrainer):
         hidden: fast.HiddenCache | None = None
@@ -112,7 +113,7 @@ def sft_trainer(
     `config.profile` must be one that the architecture can do (`fast.skippable` for `upper-cached`).
     """
     from datasets import Dataset
-    from trl import SFTConfig
+    from trl.trainer.sft_config import SFTConfig
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
     pad = DataCollatorForLanguageModeling(pad_token_id=int(tokenizer.pad_token_id))  # pyright: ignore[reportArgumentType]

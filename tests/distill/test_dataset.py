@@ -141,13 +141,14 @@ def test_the_same_snapshot_in_any_order_gives_the_same_bytes(tmp_path_factory, r
     material = corrected(range(10))
     extra = [(task(n), trajectory(task(n), solve(n))) for n in range(20, 26)]
     tasks = {**material.tasks, **{t.id: t for t, _ in extra}}
-    records = [*material.trajectories, *(run for _, run in extra)], list(material.feedback), list(tasks.items())
+    all_runs = [*material.trajectories, *(run for _, run in extra)]
 
     def files(shuffle: bool) -> dict[str, bytes]:
-        runs, said, known = (list(part) for part in records)
+        runs, said, known = list(all_runs), list(material.feedback), list(tasks.items())
         if shuffle:
-            for part in (runs, said, known):
-                random.shuffle(part)
+            random.shuffle(runs)
+            random.shuffle(said)
+            random.shuffle(known)
         folder = tmp_path_factory.mktemp("night") / "data"
         write(made_of(Snapshot(runs, said, dict(known)), ALL, OneRun(), repeat_without=0.5), folder)
         return {path.name: path.read_bytes() for path in folder.iterdir()}

@@ -120,21 +120,21 @@ WORDS = ["Always check the units.", "a, b, c", '["a","b","c"]', '{"subject":']
 PIECES = st.sampled_from(HEADINGS + MARKS + WORDS)
 
 
-@settings(deadline=None, max_examples=2000)
+@settings(deadline=None, max_examples=1500)
 @given(st.lists(PIECES | st.text(max_size=30), max_size=14).map("".join))
 def test_whatever_a_model_writes_is_a_well_formed_principle_or_a_reason(reply):
     parsed = parse_principle(reply)
     assert isinstance(parsed, Flaw) or well_formed(parsed)
 
 
-@settings(deadline=None, max_examples=2000)
+@settings(deadline=None, max_examples=1500)
 @given(st.text(max_size=400))
 def test_a_random_sentence_never_becomes_a_malformed_principle(text):
     parsed = parse_principle(f"[DESCRIPTION]: {text}\n[STRUCTURE]: {text[::-1]}")
     assert isinstance(parsed, Flaw) or well_formed(parsed)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=30)
 @given(st.from_regex(SHAPE, fullmatch=True, alphabet=st.characters(codec="ascii")))
 def test_the_shape_that_the_engine_enforces_can_be_read(reply):
     parsed = parse_principle(reply)

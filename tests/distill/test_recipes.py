@@ -9,7 +9,7 @@ from distill.recipes.contrast import contrast
 from distill.recipes.corrections import corrections
 from distill.recipes.successes import PER_TASK, successes
 from memory.errors import ConfigError
-from memory.records import MALFORMED, RECALLED, ExampleKind, FeedbackKind, StopReason, Trust
+from memory.records import MALFORMED, RECALLED, ExampleKind, FeedbackKind, StopReason, Trust, VerifierSpec
 from tests.distill.samples import (
     TOOLS,
     call,
@@ -87,6 +87,11 @@ def test_a_run_that_was_not_ended_by_an_answer_is_no_success():
     assert not list(successes(snapshot((ONE, run))))
 
 
+def test_a_verifier_that_does_not_look_at_the_answer_makes_no_success():
+    blind = task(1, verifier=VerifierSpec(name="action"))
+    assert not list(successes(snapshot((blind, trajectory(blind, [call("9 * 9"), result("81"), say("81")])))))
+
+
 def test_corrections_are_whole_corrected_runs_and_equal_ones_count_once():
     run = trajectory(ONE, [say("9")], 0.0)
     said = [correction(run, solve(1)), correction(run, solve(1, "z"), "bob"), correction(run, "2", "cleo")]
@@ -115,6 +120,14 @@ def test_a_failed_runs_own_correction_goes_before_anothers_success():
     bad = trajectory(ONE, [say("7")], 0.0, id="traj_bad")
     (pair,) = contrast(snapshot((ONE, other), (ONE, bad), said=[correction(bad, solve(1))]))
     assert pair.chosen == solve(1)[:1]
+
+
+def test_each_failed_run_is_paired_with_its_own_correction():
+    runs = [trajectory(ONE, [say("7")], 0.0, id=f"traj_{n}") for n in range(2)]
+    fixes = [[call(f"1 + 1 + {n}"), result("2"), say("2")] for n in range(2)]
+    said = [correction(run, fix) for run, fix in zip(runs, fixes, strict=True)]
+    pairs = list(contrast(snapshot(*[(ONE, run) for run in runs], said=said)))
+    assert [pair.chosen for pair in pairs] == [fix[:1] for fix in fixes]
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,7 @@ def test_calls_without_ids_are_paired_with_their_results_in_order():
         ([result("2"), say("2")], "answers no open tool call"),
         ([call("1+1"), result("2")], "not the assistant's answer"),
         ([say(""), say("2")], "empty"),
+        ("half a pair \ud800", "no JSON text"),
         ([say("2"), {"role": "assistant", "content": 2}], "must be text"),
         ([{"role": "assistant", "tool_calls": [{"function": {"name": "rm", "arguments": "{}"}}]}], "offer the tool"),
         (

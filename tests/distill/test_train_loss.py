@@ -37,10 +37,11 @@ def loss_and_gradient(base: Path, adapter: Path, rows: list[Row], folder: Path, 
     model = load_policy(base, adapter, config, int(tokenizer.pad_token_id))  # pyright: ignore[reportArgumentType]
     trainer = sft_trainer(model, tokenizer, rows, config, folder, Progress(folder / "progress.jsonl"))
     collate = trainer.data_collator
-    for _ in range(2):  # the second time, a cache answers
-        model.zero_grad()
-        loss = trainer.compute_loss(model, collate([trainer.train_dataset[i] for i in range(len(rows))]))
-        loss.backward()
+    batch = [trainer.train_dataset[i] for i in range(len(rows))]
+    trainer.compute_loss(model, collate(batch)).backward()
+    model.zero_grad()
+    loss = trainer.compute_loss(model, collate(batch))  # this time a cache answers
+    loss.backward()
     gradient = torch.cat([w.grad.flatten() for w in model.parameters() if w.grad is not None])
     return loss.detach(), gradient
 

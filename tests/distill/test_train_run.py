@@ -49,7 +49,8 @@ def test_a_run_leaves_an_adapter_of_the_upper_blocks_a_result_and_its_progress(t
     job = make_job(tmp_path, sums(8) + preferences(4), epochs=4, learning_rate=1e-2)
     result = train(job)
     assert finished(job) == result
-    assert result.losses["sft"][-1] < result.losses["sft"][0]
+    first_epoch, last_epoch = result.losses["sft"][:2], result.losses["sft"][-2:]
+    assert sum(last_epoch) < sum(first_epoch)
     assert result.reference_loss == pytest.approx(0.6931, abs=1e-3)
     assert 0 < result.mask_share == result.trained_tokens / result.tokens < 1
     described = json.loads((job.out_dir / "adapter_config.json").read_text())
@@ -57,7 +58,7 @@ def test_a_run_leaves_an_adapter_of_the_upper_blocks_a_result_and_its_progress(t
     assert all(".layers.2." in name or ".layers.3." in name for name in tensor_names(job.out_dir))
     assert not (job.out_dir / "ref").exists()
     steps = events_of(job, "step")
-    assert [s["step"] for s in steps] == list(range(1, 8 // 4 * 4 + 4 // 4 * 2 + 1)) or len(steps) == 10
+    assert [s["step"] for s in steps] == list(range(1, 8 + 2 + 1))  # SFT, then DPO
     assert steps[-1]["tokens"] == result.tokens
     assert [e["event"] for e in events_of(job)][:1] == ["start"]
     assert [e["event"] for e in events_of(job)][-1] == "done"
@@ -73,17 +74,17 @@ def test_a_finished_run_is_not_made_again(tmp_path):
 
 
 def test_a_run_goes_on_from_its_parent_adapter(tmp_path):
-    parent = train(make_job(tmp_path, sums(8), "parent", epochs=15, learning_rate=1e-2))
-    child = train(make_job(tmp_path, sums(8), "child", parent=parent.adapter_dir, epochs=1))
-    assert child.losses["sft"][0] == pytest.approx(parent.losses["sft"][-1], rel=0.3)
-    assert child.losses["sft"][0] < parent.losses["sft"][0] * 0.9
+    parent = train(make_job(tmp_path, sums(8), "parent", batch_size=8, epochs=30, learning_rate=1e-2))
+    child = train(make_job(tmp_path, sums(8), "child", parent=parent.adapter_dir, batch_size=8, epochs=1))
+    assert parent.losses["sft"][-1] < parent.losses["sft"][0]
+    assert child.losses["sft"][0] == pytest.approx(parent.losses["sft"][-1], rel=0.01)
 
 
 def test_dpo_alone_starts_from_the_parent_adapter(tmp_path):
     parent = train(make_job(tmp_path, sums(8), "parent", epochs=5, learning_rate=1e-2))
     child = train(make_job(tmp_path, preferences(8), "child", parent=parent.adapter_dir, dpo_learning_rate=5e-3))
     assert child.reference_loss == pytest.approx(0.6931, abs=1e-4)
-    assert child.losses["dpo"][-1] < child.reference_loss
+    assert child.losses["dpo"][-1] < 0.6931
     assert child.sft_rows == 0
 
 
@@ -171,8 +172,8 @@ def gone(pid: int) -> bool:
     return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
-LONG = {"epochs": 60, "checkpoint_steps": 10, "learning_rate": 1e-3}
-"""Settings of a run with 120 steps over eight rows: long enough to be killed in its middle."""
+LONG = {"epochs": 30, "checkpoint_steps": 5, "learning_rate": 1e-3}
+"""Settings of a run with 60 steps over eight rows: long enough to be killed in its middle."""
 
 
 def test_a_killed_run_goes_on_from_its_checkpoint_ends_once_and_never_shows_a_half_adapter(tmp_path):
@@ -183,13 +184,14 @@ def test_a_killed_run_goes_on_from_its_checkpoint_ends_once_and_never_shows_a_ha
         while not over.is_set():
             if job.out_dir.exists() and not (finished(job) and tensor_names(job.out_dir)):
                 half.append(sorted(p.name for p in job.out_dir.iterdir()))
+            time.sleep(0.01)
 
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
 
         def kill_at_checkpoint(event: dict[str, Any]) -> None:
-            if event["event"] == "checkpoint" and event["step"] < 100:
+            if event["event"] == "checkpoint" and event["step"] < 60:
                 os.kill(trainer_of(job), signal.SIGKILL)
 
         with pytest.raises(TrainingError, match=r"trainer died \(exit code -9\)"):
@@ -207,12 +209,12 @@ def test_a_killed_run_goes_on_from_its_checkpoint_ends_once_and_never_shows_a_ha
     assert len(events_of(job, "done")) == 1
     assert not job.work_dir.exists()
     uninterrupted = train(job.model_copy(update={"out_dir": tmp_path / "out" / "at-once"}))
-    assert len(result.losses["sft"]) == 120
+    assert len(result.losses["sft"]) == 60
     assert result.losses["sft"] == pytest.approx(uninterrupted.losses["sft"], rel=0.01)
 
 
 def test_a_trainer_ends_when_its_service_dies_and_the_next_service_finishes_the_job(tmp_path):
-    job = make_job(tmp_path, sums(8), **{**LONG, "epochs": 400})
+    job = make_job(tmp_path, sums(8), **{**LONG, "epochs": 2000})
     first = service(job, tmp_path)
     wait_for(lambda: events_of(job, "checkpoint"))
     trainer = trainer_of(job)
@@ -234,12 +236,12 @@ def test_an_orphan_that_does_not_end_by_itself_is_killed_before_the_job_goes_on(
     first.wait()
     result = run(job, PYTHON, lambda event: None)
     assert gone(trainer)
-    assert len(result.losses["sft"]) == 120
+    assert len(result.losses["sft"]) == 60
     assert len(events_of(job, "done")) == 1
 
 
 def test_cancelling_ends_the_trainer_and_keeps_its_checkpoints(tmp_path):
-    job = make_job(tmp_path, sums(8), **{**LONG, "epochs": 400})
+    job = make_job(tmp_path, sums(8), **{**LONG, "epochs": 2000})
     trainers: list[int] = []
 
     def note(event: dict[str, Any]) -> None:

@@ -86,10 +86,9 @@ def test_a_refused_item_leaves_no_outbox_row(ledger: Ledger):
     ledger.add_principle(item)
     with pytest.raises(ConflictError):
         ledger.add_principle(item.model_copy(update={"text": "Something else."}))
+    ledger.set_memory_status(item.id, MemoryStatus.MERGED, "said twice")
     with pytest.raises(ConflictError):
-        ledger.set_memory_status(item.id, MemoryStatus.MERGED, "a") or ledger.set_memory_status(
-            item.id, MemoryStatus.ACTIVE, "b"
-        )
+        ledger.set_memory_status(item.id, MemoryStatus.ACTIVE, "unsaid")
     assert [change.op for change in ledger.outbox(10)] == ["upsert", "delete"]
 
 

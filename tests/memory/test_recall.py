@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -16,6 +16,9 @@ from memory.recall import Memory, NoMemory, Recall, RecallConfig, Recaller, esti
 from memory.records import MemoryKind, MemoryStatus
 from tests.memory import samples
 
+Opener = Callable[..., Recaller]
+"""Takes the settings of a `RecallConfig`."""
+
 ASKED = "How many legs do 7 cows and 2 hens have?"
 
 
@@ -27,7 +30,7 @@ def index(tmp_path: Path, embedder: Embedder) -> Iterator[Index]:
 
 
 @pytest.fixture(params=["index", "scan"])
-def memory(request: pytest.FixtureRequest, sqlite_ledger: Ledger, index: Index, embedder: Embedder):
+def memory(request: pytest.FixtureRequest, sqlite_ledger: Ledger, index: Index, embedder: Embedder) -> Opener:
     """Recall by a real index that follows the ledger, and by a scan without one."""
 
     def make(**config: float) -> Recaller:
@@ -40,7 +43,7 @@ def memory(request: pytest.FixtureRequest, sqlite_ledger: Ledger, index: Index, 
     return make
 
 
-def test_the_nearest_run_is_recalled_with_its_reasons(sqlite_ledger: Ledger, memory):
+def test_the_nearest_run_is_recalled_with_its_reasons(sqlite_ledger: Ledger, memory: Opener):
     samples.remember(sqlite_ledger, "Sort these words by length.")
     cows = samples.remember(sqlite_ledger, "How many legs do 4 cows and 3 hens have?")
     recall = memory().recall(samples.task(ASKED))
@@ -54,7 +57,7 @@ def test_the_nearest_run_is_recalled_with_its_reasons(sqlite_ledger: Ledger, mem
     assert "not used yet" in item.why
 
 
-def test_nothing_near_means_nothing_recalled(sqlite_ledger: Ledger, memory):
+def test_nothing_near_means_nothing_recalled(sqlite_ledger: Ledger, memory: Opener):
     assert memory().recall(samples.task(ASKED)) == Recall()
     samples.remember(sqlite_ledger, "Sort these words by length.")
     assert memory(min_similarity=0.6).recall(samples.task(ASKED)) == Recall()
@@ -62,14 +65,14 @@ def test_nothing_near_means_nothing_recalled(sqlite_ledger: Ledger, memory):
     assert NoMemory().recall(samples.task(ASKED)) == Recall()
 
 
-def test_a_retired_item_is_not_recalled_even_before_the_index_hears_of_it(sqlite_ledger: Ledger, memory):
+def test_a_retired_item_is_not_recalled_even_before_the_index_hears_of_it(sqlite_ledger: Ledger, memory: Opener):
     cows = samples.remember(sqlite_ledger, "How many legs do 4 cows have?")
     recaller = memory()
     sqlite_ledger.set_memory_status(cows.id, MemoryStatus.RETIRED, "it misled")
     assert recaller.recall(samples.task(ASKED)) == Recall()
 
 
-def test_a_tenant_never_sees_anothers_items(sqlite_ledger: Ledger, memory):
+def test_a_tenant_never_sees_anothers_items(sqlite_ledger: Ledger, memory: Opener):
     mine = samples.remember(sqlite_ledger, "How many legs do 4 cows have?", tenant="ada")
     samples.remember(sqlite_ledger, ASKED + " Now!", tenant="bob")
     recaller = memory(runs=9)
@@ -77,7 +80,7 @@ def test_a_tenant_never_sees_anothers_items(sqlite_ledger: Ledger, memory):
     assert recaller.recall(samples.task(ASKED, tenant="eve")) == Recall()
 
 
-def test_an_item_made_from_the_task_itself_or_an_excluded_one_is_left_out(sqlite_ledger: Ledger, memory):
+def test_an_item_made_from_the_task_itself_or_an_excluded_one_is_left_out(sqlite_ledger: Ledger, memory: Opener):
     task = samples.task(ASKED)
     other = samples.task("How many legs do 4 cows have?")
     for made_from in (task, other):
@@ -90,7 +93,7 @@ def test_an_item_made_from_the_task_itself_or_an_excluded_one_is_left_out(sqlite
 
 
 @pytest.mark.parametrize("system", ["", "You are a calculator."])
-def test_the_same_question_under_another_id_is_left_out(sqlite_ledger: Ledger, memory, system: str):
+def test_the_same_question_under_another_id_is_left_out(sqlite_ledger: Ledger, memory: Opener, system: str):
     samples.remember(sqlite_ledger, ASKED)
     again = samples.task(f" {ASKED}\n")
     if system:
@@ -98,7 +101,7 @@ def test_the_same_question_under_another_id_is_left_out(sqlite_ledger: Ledger, m
     assert memory().recall(again) == Recall()
 
 
-def test_a_principle_made_from_an_excluded_task_is_left_out(sqlite_ledger: Ledger, memory):
+def test_a_principle_made_from_an_excluded_task_is_left_out(sqlite_ledger: Ledger, memory: Opener):
     task = samples.task("How many legs do 4 cows have?")
     run = samples.trajectory(task)
     sqlite_ledger.add_task(task)
@@ -110,14 +113,14 @@ def test_a_principle_made_from_an_excluded_task_is_left_out(sqlite_ledger: Ledge
     assert recaller.recall(samples.task(ASKED), exclude_task_ids=frozenset({task.id})) == Recall()
 
 
-def test_exclusions_of_many_near_items_do_not_hide_the_allowed_one(sqlite_ledger: Ledger, memory):
+def test_exclusions_of_many_near_items_do_not_hide_the_allowed_one(sqlite_ledger: Ledger, memory: Opener):
     barred = [samples.remember(sqlite_ledger, f"{ASKED} Really? {i}") for i in range(40)]
     allowed = samples.remember(sqlite_ledger, "How many legs do 4 cows have?")
     excluded = frozenset(run.task_id for run in barred)
     assert memory().recall(samples.task(ASKED), exclude_task_ids=excluded).runs == [allowed]
 
 
-def test_the_budget_and_the_limits_hold_over_both_kinds(sqlite_ledger: Ledger, memory):
+def test_the_budget_and_the_limits_hold_over_both_kinds(sqlite_ledger: Ledger, memory: Opener):
     long = samples.remember(sqlite_ledger, ASKED + " Think of every cow and every hen." * 30)
     short = samples.remember(sqlite_ledger, "How many legs do 4 cows have?")
     rule = samples.principle("A cow has 4 legs and a hen has 2 legs.")
@@ -131,7 +134,7 @@ def test_the_budget_and_the_limits_hold_over_both_kinds(sqlite_ledger: Ledger, m
     assert sum(item.tokens for item in narrow.items) <= 60
 
 
-def test_of_two_equally_near_items_the_one_that_worked_comes_first(sqlite_ledger: Ledger, memory):
+def test_of_two_equally_near_items_the_one_that_worked_comes_first(sqlite_ledger: Ledger, memory: Opener):
     good, bad = (samples.remember(sqlite_ledger, f"How many legs do {n} cows have?") for n in ("4", "4"))
     sqlite_ledger.credit_use(good.id, True, "traj_1")
     sqlite_ledger.credit_use(bad.id, False, "traj_2")
@@ -140,7 +143,7 @@ def test_of_two_equally_near_items_the_one_that_worked_comes_first(sqlite_ledger
     assert "succeeded in 1 of 1 uses" in recall.items[0].why
 
 
-def test_of_two_equally_near_items_the_newer_one_comes_first(sqlite_ledger: Ledger, memory):
+def test_of_two_equally_near_items_the_newer_one_comes_first(sqlite_ledger: Ledger, memory: Opener):
     question = "How many legs do 4 cows have?"
     young = samples.past_run(samples.task(question))
     old = samples.past_run(samples.task(question))
@@ -152,7 +155,7 @@ def test_of_two_equally_near_items_the_newer_one_comes_first(sqlite_ledger: Ledg
     assert recall.items[1].recency == pytest.approx(0.5, abs=0.01)
 
 
-def test_the_same_task_recalls_the_same_later(sqlite_ledger: Ledger, memory):
+def test_the_same_task_recalls_the_same_later(sqlite_ledger: Ledger, memory: Opener):
     for n in range(5):
         samples.remember(sqlite_ledger, f"How many legs do {n} cows have?")
     task = samples.task(ASKED)

@@ -1,0 +1,220 @@
+"""The benchmarks that need the composed service: `nightschool bench engine | train | swap`.
+
+Each puts its baseline beside it in the same run and reports ratios: machines are noisy.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from evals.bench import Bench, BenchResult, registry, result
+from memory.records import Example, ExampleKind, Generation, GenerationStatus
+from serve.settings import Settings
+
+ACTION = r"Action: (calc|finish)\([^\n]{1,60}\)"
+CALLS = 32
+STOCK_SCRIPT = """
+import json, sys
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig, SFTTrainer
+import time, torch
+rows, base, steps, out = json.load(open(sys.argv[1])), sys.argv[2], int(sys.argv[3]), sys.argv[4]
+tokenizer = AutoTokenizer.from_pretrained(base)
+model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+config = SFTConfig(output_dir=out, per_device_train_batch_size=8, max_steps=steps, learning_rate=2e-3,
+    report_to=[], save_strategy="no", use_cpu=not torch.cuda.is_available(), bf16=False,
+    gradient_checkpointing=False, disable_tqdm=True, logging_steps=1)
+peft = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+trainer = SFTTrainer(model=model, processing_class=tokenizer, args=config,
+    train_dataset=Dataset.from_list(rows), peft_config=peft)
+started = time.perf_counter()
+trainer.train()
+print(json.dumps({"seconds": time.perf_counter() - started, "tokens": int(trainer.state.num_input_tokens_seen or 0)}))
+"""
+
+
+def benches(settings: Settings) -> dict[str, Bench]:
+    """The benchmarks by name."""
+    return registry(
+        Bench("engine", "tokens/s through LiteLLM against direct calls to vLLM", lambda: lambda: engine(settings)),
+        Bench("train", "tokens/s of each training profile against a stock TRL script", lambda: lambda: train(settings)),
+        Bench("swap", "seconds to load, prove, switch and unload an adapter", lambda: lambda: swap(settings)),
+    )
+
+
+@asynccontextmanager
+async def _engine(settings: Settings, folder: Path) -> AsyncIterator[tuple[Any, Path]]:
+    from serve.engine import Engine
+    from serve.models import ensure_model
+
+    base = await asyncio.to_thread(ensure_model, settings.model, settings.models_dir, print)
+    running = Engine(settings.engine, model=base, data_dir=folder)
+    await running.start()
+    try:
+        await running.wait_ready(900)
+        yield running, base
+    finally:
+        await running.stop()
+
+
+def engine(settings: Settings) -> BenchResult:
+    """Completion tokens per second of the same constrained prompts, directly and through the seam."""
+    with tempfile.TemporaryDirectory() as folder:
+        return asyncio.run(_bench_engine(settings, Path(folder)))
+
+
+async def _bench_engine(settings: Settings, folder: Path) -> BenchResult:
+    import httpx
+
+    from agent.llm import ChatRequest, LiteLLMModel
+
+    prompts = [[{"role": "user", "content": f"Compute {i} + {i * 7}. Reply with one action."}] for i in range(CALLS)]
+    sampling = {"temperature": 0.0, "max_tokens": 40}
+    async with _engine(settings, folder) as (running, _), httpx.AsyncClient(timeout=600) as http:
+        seam = LiteLLMModel(running, settings.llm)
+
+        async def direct(messages: list[dict[str, Any]]) -> int:
+            body = {"model": "base", "messages": messages, **sampling, "structured_outputs": {"regex": ACTION}}
+            headers = {"Authorization": f"Bearer {running.api_key}"}
+            reply = await http.post(f"{running.base_url}/chat/completions", json=body, headers=headers)
+            return reply.raise_for_status().json()["usage"]["completion_tokens"]
+
+        async def through(messages: list[dict[str, Any]]) -> int:
+            return (await seam.complete(ChatRequest("base", messages, sampling, ACTION))).completion_tokens or 0
+
+        async def speed(call: Callable[[list[dict[str, Any]]], Any]) -> float:
+            started = time.perf_counter()
+            tokens = sum(await asyncio.gather(*(call(messages) for messages in prompts)))
+            return tokens / (time.perf_counter() - started)
+
+        await speed(direct)
+        pairs = [(await speed(direct), await speed(through)) for _ in range(3)]
+    ratio = median(seam_speed / direct_speed for direct_speed, seam_speed in pairs)
+    figures = {
+        "direct_tokens_per_s": round(median(d for d, _ in pairs), 1),
+        "litellm_tokens_per_s": round(median(s for _, s in pairs), 1),
+        "litellm_over_direct": round(ratio, 3),
+        "concurrent": CALLS,
+    }
+    return result("engine", figures, {"litellm_over_direct": ">= 0.95"})
+
+
+def _bench_examples(n: int) -> list[Example]:
+    from agent.calculator import calculate
+    from agent.prompts import compose
+    from evals.oracle import oracle
+    from evals.suites import TRAINED_FAMILIES, reasoning_gym_tasks
+
+    tasks = reasoning_gym_tasks(TRAINED_FAMILIES, n // len(TRAINED_FAMILIES), 11, source="bench")
+    return [
+        Example(
+            recipe="bench",
+            kind=ExampleKind.SFT,
+            task_id=task.id,
+            tools=["calculator"],
+            messages=[*compose(task, ["calculator"], None), *oracle(task, calculate)],
+        )
+        for task in tasks
+    ]
+
+
+def train(settings: Settings, steps: int = 4) -> BenchResult:
+    """Seconds per token of each profile and of stock TRL on the same rows; the stock script runs between them."""
+    from typing import get_args
+
+    from distill.train import launch
+    from distill.train.config import Profile, TrainJob
+    from serve.models import ensure_model
+
+    base = ensure_model(settings.model, settings.models_dir, print)
+    examples = _bench_examples(8 * steps)
+    figures: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        (folder / "sft.jsonl").write_text("".join(e.model_dump_json() + "\n" for e in examples))
+        stock = _stock(settings, base, examples, steps, folder)
+        for profile in get_args(Profile):
+            config = settings.train.model_copy(update={"profile": profile, "epochs": 1, "checkpoint_steps": 0})
+            job = TrainJob(dataset_dir=folder, base_model=base, out_dir=folder / profile, config=config)
+            done = launch.run(job, settings.trainer_python, lambda _event: None)
+            figures[f"{profile}_tokens_per_s"] = round(done.tokens_per_s, 1)
+            figures[f"{profile}_over_stock"] = round(done.tokens_per_s / stock, 2)
+            figures[f"{profile}_last_loss"] = round(done.losses["sft"][-1], 4)
+    figures["stock_trl_tokens_per_s"] = round(stock, 1)
+    return result("train", figures, {"upper-cached_over_stock": ">= 1.5"})
+
+
+def _stock(settings: Settings, base: Path, examples: list[Example], steps: int, folder: Path) -> float:
+    """Tokens per second of a plain TRL script with all-linear LoRA on the same conversations."""
+    import json
+
+    from agent.codec import wire
+
+    rows = [{"messages": [{k: m[k] for k in ("role", "content")} for m in wire(e.messages, e.tools)]} for e in examples]
+    (folder / "rows.json").write_text(json.dumps(rows))
+    (folder / "stock.py").write_text(STOCK_SCRIPT)
+    arguments = [folder / "stock.py", folder / "rows.json", base, str(steps), folder / "stock"]
+    done = subprocess.run(
+        [str(settings.trainer_python), *map(str, arguments)], capture_output=True, text=True, check=True
+    )
+    report = json.loads(done.stdout.strip().splitlines()[-1])
+    return report["tokens"] / report["seconds"]
+
+
+def swap(settings: Settings, rounds: int = 5) -> BenchResult:
+    """Median seconds of each step of a hot-load, with an adapter of the settings' rank and random weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        return asyncio.run(_bench_swap(settings, Path(folder), rounds))
+
+
+async def _bench_swap(settings: Settings, folder: Path, rounds: int) -> BenchResult:
+    from serve import adapters
+
+    seconds: dict[str, list[float]] = {"load": [], "probe": [], "unload": []}
+    async with _engine(settings, folder) as (running, base):
+        for number in range(1, rounds + 1):
+            path = folder / f"adapter-{number}"
+            await asyncio.to_thread(_random_adapter, settings, base, path, number)
+            generation = Generation(
+                number=number,
+                base_model=settings.model,
+                adapter_path=str(path),
+                adapter_sha256=adapters.adapter_sha256(path),
+                status=GenerationStatus.CANDIDATE,
+            )
+            for name, act in (
+                ("load", lambda g=generation, p=path: adapters.load(running, g.served_name, p)),
+                ("probe", lambda g=generation: adapters.probe(running, g.served_name)),
+                ("unload", lambda g=generation: adapters.unload(running, g.served_name)),
+            ):
+                started = time.perf_counter()
+                await act()
+                seconds[name].append(time.perf_counter() - started)
+    figures: dict[str, Any] = {f"{name}_s": round(median(values), 3) for name, values in seconds.items()}
+    return result("swap", figures | {"rounds": rounds}, {})
+
+
+def _random_adapter(settings: Settings, base: Path, out: Path, seed: int) -> None:
+    """A LoRA with weights that change the answers, made in the trainer's interpreter."""
+    script = (
+        "import sys, torch\n"
+        "from peft import LoraConfig, get_peft_model\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "torch.manual_seed(int(sys.argv[3]))\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)\n"
+        f"config = LoraConfig(r={settings.train.rank}, lora_alpha={settings.train.alpha},\n"
+        "    target_modules='all-linear', init_lora_weights=False, task_type='CAUSAL_LM')\n"
+        "get_peft_model(model, config).save_pretrained(sys.argv[2])\n"
+    )
+    arguments = [str(settings.trainer_python), "-c", script, str(base), str(out), str(seed)]
+    subprocess.run(arguments, check=True, capture_output=True)

@@ -1,0 +1,120 @@
+"""A small stand-in for vLLM: a real process with the same HTTP routes, and faults on request.
+
+Run by `fake_python` in place of the engine's interpreter. `NIGHTSCHOOL_FAKE` (JSON) switches faults on:
+`die_at_start`, `unhealthy`. Adapters whose folder name says `empty` change nothing; ones that say
+`refused` are refused.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def fake_python(folder: Path) -> Path:
+    """An executable to give as `EngineConfig.python`."""
+    script = folder / "fake-python"
+    script.write_text(f'#!/bin/sh\nshift 2\nexec "{sys.executable}" "{Path(__file__).resolve()}" "$@"\n')
+    script.chmod(0o755)
+    return script
+
+
+class FakeVLLM(ThreadingHTTPServer):
+    """The server's state."""
+
+    daemon_threads = True
+
+    def __init__(self, port: int, key: str) -> None:
+        super().__init__(("127.0.0.1", port), Handler)
+        self.key = key
+        self.adapters: dict[str, str] = {}
+        self.calls: list[str] = []
+        self.unhealthy = False
+
+
+class Handler(BaseHTTPRequestHandler):
+    """The routes."""
+
+    server: FakeVLLM
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, format: str, *args: Any) -> None:
+        print(format % args, file=sys.stderr)
+
+    def do_GET(self) -> None:
+        if not self._allowed():
+            return
+        if self.path == "/health":
+            self._send(503 if self.server.unhealthy else 200, {})
+        elif self.path == "/v1/models":
+            self._send(200, {"data": [{"id": name} for name in ("base", *self.server.adapters)]})
+        else:
+            self._send(404, {"error": {"message": "no such route"}})
+
+    def do_POST(self) -> None:
+        payload = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if not self._allowed():
+            return
+        adapters = self.server.adapters
+        if self.path == "/v1/load_lora_adapter":
+            name = payload["lora_name"]
+            self.server.calls.append(f"load {name}")
+            if "refused" in payload["lora_path"]:
+                self._send(400, {"error": {"message": "LoRA rank 64 is greater than max_lora_rank 16"}})
+            else:
+                adapters[name] = payload["lora_path"]
+                self._send(200, {})
+        elif self.path == "/v1/unload_lora_adapter":
+            self.server.calls.append(f"unload {payload['lora_name']}")
+            adapters.pop(payload["lora_name"])
+            self._send(200, {})
+        elif payload["model"] != "base" and payload["model"] not in adapters:
+            self._send(404, {"error": {"message": f"The model `{payload['model']}` does not exist."}})
+        else:
+            changed = payload["model"] != "base" and "empty" not in adapters[payload["model"]]
+            self._send(200, {"choices": [self._choice(i, changed) for i in range(len(payload["prompt"]))]})
+
+    def _choice(self, index: int, changed: bool) -> dict[str, Any]:
+        shift = 0.25 if changed else 0.0
+        logprobs = [None] + [{str(token): {"logprob": -1.0 - token - shift}} for token in (2, 3)]
+        return {"index": index, "prompt_token_ids": [1, 2, 3], "prompt_logprobs": logprobs}
+
+    def _allowed(self) -> bool:
+        if self.headers.get("Authorization") == f"Bearer {self.server.key}":
+            return True
+        self._send(401, {"error": "Unauthorized"})
+        return False
+
+    def _send(self, status: int, body: Any) -> None:
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+def main() -> None:
+    faults = json.loads(os.environ.get("NIGHTSCHOOL_FAKE", "{}"))
+    spec = importlib.util.spec_from_file_location("launcher", ROOT / "serve" / "vllm_launcher.py")
+    assert spec is not None
+    assert spec.loader is not None
+    launcher = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(launcher)
+    launcher.end_with_parent(int(os.environ["NIGHTSCHOOL_PARENT_PID"]), whole_group=True)
+    if faults.get("die_at_start"):
+        sys.exit("RuntimeError: the fake engine was told to die")
+    port = int(sys.argv[sys.argv.index("--port") + 1])
+    server = FakeVLLM(port, os.environ["VLLM_API_KEY"])
+    server.unhealthy = bool(faults.get("unhealthy"))
+    server.serve_forever()
+
+
+if __name__ == "__main__":
+    main()

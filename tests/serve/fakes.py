@@ -1,0 +1,140 @@
+"""A service whose only fakes are the model, the engine's process and the trainer's process."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from agent.llm import ChatRequest, ScriptedModel
+from agent.state import AgentDeps
+from distill.train.config import RESULT, TrainJob, TrainResult
+from memory.embed import load_embedder
+from memory.index import Index
+from memory.ledger import Ledger
+from memory.recall import Memory
+from memory.records import Generation
+from serve import promotion
+from serve.settings import Settings
+from serve.wiring import Services, announce, open_ledger
+
+
+@dataclass
+class FakeEngine:
+    """An engine that is up."""
+
+    status: str = "ready"
+    name: str = "fake"
+    base_url: str = "http://127.0.0.1:1/v1"
+    api_key: str = "key"
+
+    async def wait_ready(self, timeout: float) -> None:
+        return None
+
+
+@dataclass
+class FakeResidency:
+    """Remembers what was loaded."""
+
+    loaded: list[str] = field(default_factory=list)
+
+    async def ensure(self, generation: Generation) -> None:
+        self.loaded.append(generation.served_name)
+
+    @asynccontextmanager
+    async def using(self, generation: Generation) -> AsyncIterator[None]:
+        await self.ensure(generation)
+        yield
+
+
+def settings_in(folder: Path, **overrides: Any) -> Settings:
+    """Settings over a temporary data folder."""
+    return Settings(data_dir=folder / "data", model="test/model", **overrides)
+
+
+@contextmanager
+def services_in(
+    settings: Settings, script: Callable[[ChatRequest], str | Exception], loop: asyncio.AbstractEventLoop
+) -> Iterator[Services]:
+    """Real ledger, index, embedder and memory; scripted model."""
+    ledger: Ledger = open_ledger(settings)
+    promotion.ensure_base(ledger, settings.model)
+    index = Index.open(settings.data_dir / "index", load_embedder("wordllama", settings.data_dir / "embedder"))
+    memory = Memory(ledger, index, settings.recall)
+    model = ScriptedModel(script)
+    deps = AgentDeps(llm=model, recaller=memory, config=settings.agent)
+    engine: Any = FakeEngine()
+    residency: Any = FakeResidency()
+    try:
+        yield Services(settings, ledger, index, memory, engine, residency, model, deps, loop, settings.data_dir)
+    finally:
+        index.close()
+        ledger.close()
+
+
+def fake_training(job: TrainJob, *_: Any, **__: Any) -> TrainResult:
+    """What the trainer leaves behind, without training."""
+    job.out_dir.mkdir(parents=True, exist_ok=True)
+    (job.out_dir / "adapter_config.json").write_text(json.dumps({"r": 16}))
+    (job.out_dir / "adapter_model.safetensors").write_bytes(b"weights of " + job.out_dir.name.encode())
+    result = TrainResult(
+        adapter_dir=job.out_dir,
+        profile=job.config.profile,
+        sft_rows=1,
+        dpo_pairs=0,
+        too_long=0,
+        losses={"sft": [2.0, 0.1]},
+        tokens=100,
+        trained_tokens=10,
+        mask_share=0.1,
+        seconds=1.0,
+        tokens_per_s=100.0,
+        reference_loss=None,
+        config=job.config,
+    )
+    (job.out_dir / RESULT).write_text(result.model_dump_json())
+    return result
+
+
+@contextmanager
+def running(settings: Settings, script: Callable[[ChatRequest], str | Exception]) -> Iterator[tuple[str, Services]]:
+    """The real app on a real port in a thread, nights included; yields its URL and parts."""
+    import uvicorn
+
+    from serve import night
+    from serve.app import create_app
+    from serve.server import bind
+
+    listener = bind("127.0.0.1", 0)
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    started: threading.Event = threading.Event()
+    held: dict[str, Any] = {}
+
+    async def main() -> None:
+        with services_in(settings, script, asyncio.get_running_loop()) as services:
+            nights = await asyncio.to_thread(night.launch, services)
+            server = uvicorn.Server(uvicorn.Config(create_app(services, nights), lifespan="off", log_level="error"))
+            server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
+            held.update(server=server, services=services)
+            started.set()
+            try:
+                await server.serve(sockets=[listener])
+            finally:
+                await asyncio.to_thread(night.shut_down)
+
+    thread = threading.Thread(target=lambda: asyncio.run(main()), daemon=True)
+    thread.start()
+    started.wait(60)
+    try:
+        yield url, held["services"]
+    finally:
+        held["server"].should_exit = True
+        thread.join(30)
+
+
+__all__ = ["FakeEngine", "FakeResidency", "announce", "fake_training", "running", "services_in", "settings_in"]

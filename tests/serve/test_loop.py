@@ -1,0 +1,119 @@
+"""The whole loop with fakes at the model, engine and trainer: days, corrections, nights, rejection, rollback."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from agent.calculator import calculate
+from agent.llm import ChatRequest
+from evals.chat import chat_suite
+from evals.oracle import oracle, oracle_expression
+from evals.suites import TRAINED_FAMILIES, reasoning_gym_suite, reasoning_gym_tasks, save_suite
+from memory.records import GenerationStatus, MemoryStatus, NightStatus, Task
+from serve.batch import line_of, run_lines
+from serve.client import Client
+from serve.demo import correct_value
+from serve.settings import Settings
+from tests.serve.fakes import fake_training, running, settings_in
+
+HELD_OUT = reasoning_gym_suite(TRAINED_FAMILIES, 5, 70_001, "held_out", "held_out")
+
+
+def test_held_out_is_kept_apart_from_days() -> None:
+    assert not HELD_OUT.fingerprints & {t.fingerprint for t in day(1)}
+
+
+def day(number: int) -> list[Task]:
+    return reasoning_gym_tasks(TRAINED_FAMILIES, 4, 100 + number, source=f"day-{number}")
+
+
+ANSWERS = {task.question: oracle_expression(task) for task in [*day(1), *day(2), *(i.task for i in HELD_OUT.tasks)]}
+CHAT = {item.task.question: item.task for item in chat_suite().tasks}
+
+
+def pupil(request: ChatRequest) -> str:
+    """Generation 0 guesses, 1 has learned to use the tool, 2 has forgotten how to chat."""
+    generation = 0 if request.model == "base" else int(request.model.split("@")[0].removeprefix("gen-"))
+    last = request.messages[-1]["content"]
+    if last in CHAT:
+        said = (CHAT[last].verifier.args["any"] or ["well"])[0] if CHAT[last].verifier else ""
+        return (
+            "Action: finish(1)"
+            if generation == 2
+            else f"It is {said}, as far as I know, good friend of mine."
+        )
+    if "[DESCRIPTION]" in last:
+        return "[DESCRIPTION]: Use the tool for every step.\n[STRUCTURE]: [(agent, uses, tool)]"
+    if last.startswith("Observation: "):
+        return f"Action: finish({last.removeprefix('Observation: ')})"
+    return f"Action: calc({ANSWERS[last]})" if generation else "Action: finish(0)"
+
+
+@pytest.fixture
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    # The trainer is a process of its own with torch in it; tests/distill runs it for real.
+    monkeypatch.setattr("serve.stages.launch.run", fake_training)
+    made = settings_in(tmp_path)
+    for suite in (HELD_OUT, chat_suite()):
+        save_suite(suite, made.suites_dir / f"{suite.name}.jsonl")
+    return made
+
+
+def live(client: Client, number: int) -> dict[int, dict]:
+    return run_lines(
+        client, list(enumerate(map(line_of, day(number)))), run_id=f"day-{number}", on_reply=lambda _n, _r: None
+    )
+
+
+def sleep_through(client: Client) -> dict:
+    job = client.post("/v1/fine_tuning/jobs", {})
+    while (job := client.get(f"/v1/fine_tuning/jobs/{job['id']}"))["status"] == "running":
+        pass
+    return job
+
+
+def test_a_day_of_corrections_makes_a_better_champion_and_a_forgetful_one_is_rejected(settings: Settings) -> None:
+    with running(settings, pupil) as (url, services):
+        client, ledger = Client(url), services.ledger
+        replies = live(client, 1)
+        assert not any(r["nightschool"]["outcome"]["score"] for r in replies.values())
+        for number, task in enumerate(day(1)):
+            said = {
+                "response_id": replies[number]["id"],
+                "kind": "correction",
+                "value": correct_value(task),
+                "author": "u",
+            }
+            assert client.post("/v1/feedback", said)["trust"] == "quarantined"
+
+        first = sleep_through(client)
+        assert first["nightschool"]["status"] == NightStatus.PROMOTED, first
+        assert first["fine_tuned_model"] == "nightschool:gen-1"
+        assert ledger.champion().number == 1
+        assert len(ledger.past_runs(status=MemoryStatus.ACTIVE)) == len(day(1))
+        assert {f.trust for f in ledger.feedback()} == {"trusted"}
+        examples = ledger.examples(first["id"])
+        assert any(e.with_memory for e in examples)
+        assert any(not e.with_memory for e in examples)
+        assert not {ledger.get_task(e.task_id).fingerprint for e in examples} & HELD_OUT.fingerprints
+
+        again = live(client, 2)
+        assert all(r["nightschool"]["outcome"]["score"] == 1 for r in again.values())
+        assert {r["nightschool"]["generation"] for r in again.values()} == {1}
+        assert all(r["nightschool"]["recalled"] for r in again.values())
+
+        second = sleep_through(client)
+        assert second["nightschool"]["status"] == NightStatus.REJECTED
+        assert ledger.generation(2).status is GenerationStatus.REJECTED
+        assert ledger.champion().number == 1
+        assert any("chat" in reason for reason in second["nightschool"]["reasons"])
+
+        back = client.post("/v1/generations/rollback", {"why": "test"})
+        assert (back["from_generation"], back["to_generation"]) == (1, 0)
+        assert ledger.champion().number == 0
+
+
+def test_the_oracle_of_the_demo_is_right() -> None:
+    assert all(oracle(task, calculate)[-1]["content"] for task in day(1))

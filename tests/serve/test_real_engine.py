@@ -1,0 +1,130 @@
+"""The real vLLM: it starts, answers, survives its own death, and serves a real adapter.
+
+Needs `make setup`. `NIGHTSCHOOL_ENGINE_PYTHON` names another engine environment, `NIGHTSCHOOL_TEST_MODEL`
+a model folder; without it the default model is prepared, in the user's cache so that it happens once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from memory.errors import EngineError
+from memory.records import Generation, GenerationStatus
+from serve.adapters import Residency, adapter_sha256, loaded
+from serve.engine import ROOT, Engine, EngineConfig, request
+from serve.models import DEFAULT_MODEL, ensure_model
+
+PYTHON = Path(os.environ.get("NIGHTSCHOOL_ENGINE_PYTHON") or ROOT / ".engine" / "bin" / "python")
+
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.skipif(not PYTHON.exists(), reason=f"there is no engine at {PYTHON}: run `make setup`"),
+]
+
+PROMPT = {"model": "base", "messages": [{"role": "user", "content": "What is the capital of France?"}]}
+
+
+@pytest.fixture(scope="session")
+def model() -> Path:
+    given = os.environ.get("NIGHTSCHOOL_TEST_MODEL")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nightschool" / "models"
+    return ensure_model(given or DEFAULT_MODEL, cache, print)
+
+
+def adapter(model: Path, root: Path, number: int, scale: float) -> Generation:
+    """A rank-8 LoRA on all linear layers with random weights of the given scale."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(number)
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    lora: Any = get_peft_model(base, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
+    for name, weight in lora.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=scale)
+    folder = root / f"adapter-{number}"
+    lora.save_pretrained(folder)
+    return Generation(
+        number=number,
+        base_model=str(model),
+        adapter_path=folder.name,
+        adapter_sha256=adapter_sha256(folder),
+        status=GenerationStatus.CANDIDATE,
+    )
+
+
+def test_the_real_engine_answers_survives_and_serves_adapters(tmp_path: Path, model: Path) -> None:
+    registry = tmp_path / "adapters"
+    registry.mkdir()
+    generations = [adapter(model, registry, number, 0.02) for number in (1, 2)]
+    no_op = adapter(model, registry, 3, 0.0)
+
+    async def ask(engine: Engine, **fields: Any) -> dict[str, Any]:
+        payload = PROMPT | {"temperature": 0, "max_tokens": 12, "logprobs": True} | fields
+        return (await request(engine, "POST", "/v1/chat/completions", payload, timeout=300))["choices"][0]
+
+    def logprobs(choice: dict[str, Any]) -> list[float]:
+        return [token["logprob"] for token in choice["logprobs"]["content"]]
+
+    async def scenario() -> list[int]:
+        engine = Engine(EngineConfig(python=PYTHON, max_loras=2), model=model, data_dir=tmp_path)
+        residency = Residency(engine, registry, max_loras=2)
+        engine.on_ready = residency.restore
+        await engine.start()
+        try:
+            await engine.wait_ready()
+            # It answers, constrained where asked, and tells its token ids.
+            plain = await ask(engine)
+            assert "Paris" in plain["message"]["content"]
+            action = await ask(engine, structured_outputs={"regex": r"Action: finish\([a-z]{1,9}\)"}, max_tokens=30)
+            assert action["message"]["content"].startswith("Action: finish(")
+            assert (await ask(engine, return_token_ids=True))["token_ids"]
+
+            # Every path asks for the key, also the ones that vLLM leaves open.
+            engine_without_key = Engine(EngineConfig(url=engine.base_url), model=model, data_dir=tmp_path)
+            for path in ("/tokenize", "/v1/completions"):
+                with pytest.raises(EngineError, match="401"):
+                    await request(engine_without_key, "POST", path, {"model": "base", "prompt": "x"})
+
+            # Adapters are loaded and proved; one without effect is refused.
+            for generation in generations:
+                proved = await residency.ensure(generation)
+                assert proved is not None
+                assert proved.max_delta > 0.01
+                assert logprobs(await ask(engine, model=generation.served_name)) != logprobs(plain)
+            await residency.drop(generations[1])
+            with pytest.raises(EngineError, match="changes nothing"):
+                await residency.ensure(no_op)
+            await residency.ensure(generations[1])
+
+            # With every place taken, in one batch with adapters, the base model still answers as itself.
+            mixed = await asyncio.gather(*(ask(engine, model=g.served_name) for g in generations), ask(engine))
+            assert logprobs(mixed[-1]) == pytest.approx(logprobs(plain), abs=2e-2)
+
+            # kill -9: it comes back with its adapters.
+            assert engine.pid is not None
+            old = [process.pid for process in psutil.Process(engine.pid).children(recursive=True)]
+            os.kill(engine.pid, signal.SIGKILL)
+            while engine.restarts == 0:
+                await asyncio.sleep(0.1)
+            await engine.wait_ready()
+            assert await loaded(engine) == {generation.served_name for generation in generations}
+            again = await ask(engine, model=generations[0].served_name)
+            assert logprobs(again) == pytest.approx(logprobs(mixed[0]), abs=2e-2)
+            assert engine.pid is not None
+            now = [process.pid for process in psutil.Process(engine.pid).children(recursive=True)]
+            return [engine.pid, *old, *now]
+        finally:
+            await engine.stop()
+
+    processes = asyncio.run(scenario())
+    assert len(processes) > 2
+    assert [pid for pid in processes if psutil.pid_exists(pid)] == []
