@@ -28,7 +28,6 @@ MIN_ACTION_CHARS = 60
 SHORT_NAMES: dict[str, tuple[str, str]] = {
     "calculator": ("calc", "expression"),
     "python": ("python", "code"),
-    "search_experience": ("search_experience", "query"),
 }
 """Tool name -> (its name in an action line, the one string argument the parentheses hold)."""
 

@@ -26,7 +26,6 @@ _USAGE: dict[str, tuple[str, str]] = {
         'calc understands + - * / and gcd(a, b), lcm(a, b), count("letter", "text"), solve(equation).',
     ),
     "python": ("<code>", "python runs the code and shows what it prints."),
-    "search_experience": ("<query>", "search_experience looks up what helped on similar tasks."),
 }
 
 
