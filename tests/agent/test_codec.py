@@ -12,7 +12,7 @@ from agent.codec import Action, assistant_message, grammar, parse, wire
 from memory.records import MALFORMED, RECALLED, Message
 
 TOOLS = ["calculator", "python", "search_experience"]
-ARGUMENTS = {"calculator": "expression", "python": "code", "search_experience": "query", "weather": "input"}
+ARGUMENTS = {"calculator": "expression", "python": "code", "search_experience": "input", "weather": "input"}
 
 said = st.one_of(st.text(), st.text(alphabet="ab\\n\n\r\t() \"'{}:"), st.from_regex(r"(\\n|\\\\|\n|\)|Action: )*"))
 """What can stand in an argument or an answer, with plenty of what could be mistaken for the line's own form."""
