@@ -125,6 +125,7 @@ def _integers(name: str, args: list[Fraction | str]) -> list[int]:
 
 
 def _call(name: str, args: list[Fraction | str]) -> Fraction:
+    name = name.lower()
     if name == "count":
         match args:
             case [str() as letter, str() as text] if letter:

@@ -31,6 +31,16 @@ SHORT_NAMES: dict[str, tuple[str, str]] = {
 }
 """Tool name -> (its name in an action line, the one string argument the parentheses hold)."""
 
+_FREE = r"[^\n]"
+_NESTED = r"\(([^()\n]|\([^()\n]*\))*\)"
+_BALANCED = rf"([^()\n]|{_NESTED})"
+_CALCULATION = (
+    r"([-+*/%=.0-9 ]|\"[^\"\n]*\"|[a-z][-+*/= ]|"
+    rf"(gcd|lcm|count|solve|abs|min|max|round|sqrt)?{_NESTED})"
+)
+_INSIDE: dict[str, str] = {"calculator": _CALCULATION}
+"""What may stand between a call's parentheses, as a regex of one piece; other tools take anything."""
+
 _ACTION = re.compile(r"^\s*Action:\s*([A-Za-z_][A-Za-z0-9_]*)\((.*)\)\s*$", re.DOTALL)
 
 
@@ -43,16 +53,19 @@ class Action:
     answer: str | None = None
 
 
-def grammar(tools: list[str], max_chars: int = MIN_ACTION_CHARS) -> str | None:
+def grammar(tools: list[str], max_chars: int = MIN_ACTION_CHARS, *, answer_only: bool = False) -> str | None:
     """The regex of a well-formed action line for the engine's structured outputs.
 
-    `max_chars` bounds what stands between the parentheses, so that a line always closes inside its
-    token budget. None without tools: plain chat is not constrained.
+    Parentheses must balance (quoted text aside), so the first one that closes the call ends the line: a
+    small model that would ramble on after the right expression has acted instead. `max_chars` bounds
+    what stands between them, so that a line closes inside its token budget. `answer_only` leaves no
+    tool to call. None without tools: plain chat is not constrained.
     """
     if not tools:
         return None
-    names = "|".join([*(_short(name)[0] for name in tools), FINISH])
-    return rf"Action: ({names})\([^\n]{{1,{max_chars}}}\)"
+    lines = [] if answer_only else [rf"{_short(name)[0]}\({_INSIDE.get(name, _FREE)}{{1,{max_chars}}}\)" for name in tools]
+    lines.append(rf"{FINISH}\({_BALANCED}{{1,{max_chars}}}\)")
+    return f"Action: ({'|'.join(lines)})"
 
 
 def parse(text: str, tools: list[str]) -> Action | None:

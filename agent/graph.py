@@ -13,7 +13,7 @@ from agent.llm import ChatReply, ChatRequest
 from agent.prompts import compose, showable
 from agent.state import RunContext, RunState
 from agent.tools import call_tool
-from memory.records import MALFORMED, Message, Step, StopReason, Task
+from memory.records import MALFORMED, RECALLED, Message, Step, StopReason, Task
 
 ACTION_OVERHEAD_TOKENS = 12
 """What `Action: finish()` and the end of turn take of a call's token budget."""
@@ -57,11 +57,13 @@ async def _act(state: RunState, runtime: Any) -> dict[str, Any]:
     context: RunContext = runtime.context
     tools, messages = context.tools, state["messages"]
     budget = int(context.sampling.get("max_tokens") or context.deps.config.max_tokens)
+    must_answer = len(state["steps"]) == context.deps.config.max_turns - 1 or _repeats_itself(messages)
+    regex = grammar(tools, max(8, budget - ACTION_OVERHEAD_TOKENS), answer_only=must_answer)
     request = ChatRequest(
         model=context.model.name,
         messages=wire(messages, tools),
         sampling=context.sampling,
-        regex=grammar(tools, max(8, budget - ACTION_OVERHEAD_TOKENS)) if context.deps.config.constrain else None,
+        regex=regex if context.deps.config.constrain else None,
         cache_salt=state["task"]["tenant"],
     )
     reply = await context.deps.llm.complete(request)
@@ -80,6 +82,13 @@ async def _act(state: RunState, runtime: Any) -> dict[str, Any]:
     elif _spent(steps, context):
         update["stop_reason"] = StopReason.MAX_TURNS.value
     return update
+
+
+def _repeats_itself(messages: list[Message]) -> bool:
+    """The run's last tool call was made before: it brought nothing new, so an answer is due."""
+    own = [m for m in messages if m.get("name") != RECALLED]
+    made = [call["function"] for m in own for call in m.get("tool_calls") or []]
+    return bool(made) and made[-1] in made[:-1]
 
 
 def _read(reply: ChatReply, tools: list[str]) -> Action | None:

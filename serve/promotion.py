@@ -64,7 +64,9 @@ async def promote(ledger: Ledger, residency: Residency, number: int, *, why: str
     if generation.status is GenerationStatus.REJECTED:
         raise ConflictError(f"generation {number} was rejected by the gate and cannot be promoted")
     await residency.ensure(generation)
-    return ledger.promote(number, why=why, by=by, expected_from=champion.number)
+    promotion = ledger.promote(number, why=why, by=by, expected_from=champion.number)
+    residency.keep(generation, champion)
+    return promotion
 
 
 async def rollback(ledger: Ledger, residency: Residency, *, why: str, by: str) -> Promotion:

@@ -43,8 +43,9 @@ def repair_cpu_lora() -> None:
 
     vLLM 0.32 gathers the adapter's weights once per *token* (2,048 prompt tokens: gigabytes copied per
     layer), for the vocabulary-wide head too, and in mixed batches and decoding it reads "no adapter"
-    (index -1) as the last slot: once all slots are full, plain requests to the base model get the last
-    adapter's answers. Measured in docs; nothing here touches the GPU backend.
+    (index -1) as the last slot, so by its code: once all slots are full, plain requests to the base model get the last
+    adapter's answers. Core-seconds of an adapter over the base model's: 3.8 times stock, 1.07 times
+    repaired (16 at once, 135M model, rank 16). Nothing here touches the GPU backend.
     """
     from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase  # pyright: ignore[reportMissingImports]
     from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU  # pyright: ignore[reportMissingImports]

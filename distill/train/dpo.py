@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from distill.train import fast
 from distill.train.config import TrainConfig
+from distill.train.loop import SteadyLoop, loop_settings, steps_of
 from distill.train.progress import Progress, callback_class
 from distill.train.render import Pair
-from distill.train.sft import loop_settings, steps_of
 from memory.errors import TrainingError
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def trainer_class() -> type:
     import torch
     from trl.trainer.dpo_trainer import DPOTrainer
 
-    class PairTrainer(DPOTrainer):
+    class PairTrainer(SteadyLoop, DPOTrainer):
         def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
             return dataset
 
@@ -54,9 +54,6 @@ def trainer_class() -> type:
             self.loss_types, self.loss_weights = kinds, weights
             self._metrics["eval"].clear()
             return loss
-
-        def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-            """No card: a checkpoint is for this machine only."""
 
     return PairTrainer
 

@@ -17,10 +17,11 @@ from typing import Any
 from distill.train.config import RESULT, TrainConfig, TrainJob, TrainResult, finished
 from distill.train.dpo import check_reference, dpo_trainer
 from distill.train.fast import skippable
+from distill.train.loop import steps_of
 from distill.train.model import load_policy, load_tokenizer, save_adapter
 from distill.train.progress import Progress, last_checkpoint, write_whole
 from distill.train.render import Pair, Row, read_examples, render_pair, render_row
-from distill.train.sft import sft_trainer, steps_of
+from distill.train.sft import sft_trainer
 from memory.errors import TrainingError
 from memory.records import ExampleKind, content_hash
 

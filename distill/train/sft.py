@@ -1,18 +1,18 @@
 """Supervised fine-tuning: TRL's SFTTrainer over rows that are token ids already.
 
-Owns the weighted loss, the profiles and the settings of a training loop. What is trained on is
+Owns the weighted loss and the profiles. What is trained on is
 `render`'s, the accelerated forward is `fast`'s.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill.train import fast
 from distill.train.config import TrainConfig
+from distill.train.loop import SteadyLoop, loop_settings, steps_of
 from distill.train.progress import Progress, callback_class
 from distill.train.render import Row
 
@@ -21,54 +21,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def loop_settings(config: TrainConfig, folder: Path, steps: int) -> dict[str, Any]:
-    """Settings that TRL's SFT and DPO trainers share, for a phase of `steps` optimizer steps.
-
-    A short phase gets a shorter warm-up: its steps are too few to spend on a rate near 0.
-    """
-    import torch
-
-    gpu = torch.cuda.is_available()
-    return {
-        "output_dir": str(folder),
-        "gradient_accumulation_steps": config.accumulation,
-        "lr_scheduler_type": "linear",
-        "warmup_steps": min(config.warmup_steps, steps // 8),
-        "weight_decay": config.weight_decay,
-        "max_grad_norm": config.clip,
-        "max_length": None,
-        "seed": config.seed,
-        "logging_steps": 1,
-        "logging_nan_inf_filter": False,
-        "include_num_input_tokens_seen": "non_padding",
-        "report_to": [],
-        "save_strategy": "steps" if config.checkpoint_steps else "no",
-        "save_steps": max(1, config.checkpoint_steps),
-        "save_total_limit": 2,
-        "use_cpu": not gpu,
-        "bf16": gpu,
-        "dataloader_pin_memory": gpu,
-        # TRL turns it on by default, under the name that transformers 6 drops.
-        "gradient_checkpointing": config.activation_checkpointing,
-        "train_sampling_strategy": "group_by_length",
-        "remove_unused_columns": False,
-        "disable_tqdm": True,
-    }
-
-
-def steps_of(items: int, batch: int, epochs: int, config: TrainConfig) -> int:
-    """Optimizer steps of a phase over `items` rows or pairs, `batch` per step and process."""
-    batches = math.ceil(math.ceil(items / config.processes) / batch)
-    return math.ceil(batches / config.accumulation) * epochs
-
-
 @functools.cache
 def trainer_class() -> type:
     """SFTTrainer with a weight per row and, where a cache is given, without the frozen blocks."""
     import torch
     from trl.trainer.sft_trainer import SFTTrainer
 
-    class RowTrainer(SFTTrainer):
+    class RowTrainer(SteadyLoop, SFTTrainer):
         hidden: fast.HiddenCache | None = None
         first_block: int = 0
 
@@ -93,9 +52,6 @@ def trainer_class() -> type:
             with torch.no_grad(), self.accelerator.autocast():
                 hidden = backbone.embed_tokens(input_ids)
                 return fast.run_blocks(backbone, hidden, attention_mask, range(self.first_block))
-
-        def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-            """No card: a checkpoint is for this machine only."""
 
     return RowTrainer
 

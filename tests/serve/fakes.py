@@ -46,6 +46,9 @@ class FakeResidency:
     async def ensure(self, generation: Generation) -> None:
         self.loaded.append(generation.served_name)
 
+    def keep(self, *generations: Generation) -> None:
+        return None
+
     @asynccontextmanager
     async def using(self, generation: Generation) -> AsyncIterator[None]:
         await self.ensure(generation)
