@@ -14,18 +14,19 @@ EXPERIENCE_OPEN = "<experience>"
 EXPERIENCE_CLOSE = "</experience>"
 
 _RULES = (
-    "You solve tasks step by step. Reply with exactly one line, either\n"
+    "You solve tasks step by step. Reply with exactly one line. To use a tool:\n"
     "{calls}\n"
-    "or, when you know the answer,\n"
-    "Action: finish(<answer>)\n"
+    "After the Observation, when you know the answer:\n"
+    "Action: finish(answer)\n"
 )
+"""Plain words stand for the blanks: a small model copies `<expression>` to the letter."""
 
 _USAGE: dict[str, tuple[str, str]] = {
     "calculator": (
-        "<expression>",
+        "expression",
         'calc understands + - * / and gcd(a, b), lcm(a, b), count("letter", "text"), solve(equation).',
     ),
-    "python": ("<code>", "python runs the code and shows what it prints."),
+    "python": ("code", "python runs the code and shows what it prints."),
 }
 
 
