@@ -25,7 +25,7 @@ from serve import openai_types as oai
 from serve import promotion
 from serve.errors import BusyError, describe
 from serve.settings import ServerConfig
-from serve.wiring import Services
+from serve.wiring import Services, keep_task
 
 router = APIRouter()
 T = TypeVar("T")
@@ -91,7 +91,7 @@ def _sampling(request: oai.ChatCompletionRequest, with_agent: bool, services: Se
 
 
 def _commit(services: Services, task: Task, trajectory: Trajectory) -> None:
-    services.ledger.add_task(task)
+    keep_task(services.ledger, task)
     services.ledger.add_trajectory(trajectory)
 
 

@@ -41,7 +41,7 @@ from serve.adapters import adapter_sha256
 from serve.events import Emit
 from serve.reports import write_night_report
 from serve.suites import night_suites
-from serve.wiring import Services
+from serve.wiring import Services, keep_task
 
 T = TypeVar("T")
 Output = dict[str, Any]
@@ -135,12 +135,13 @@ def judge_feedback(run: NightRun) -> Output:
     counts: dict[str, int] = {}
     for judgement in credit(feedback, trajectories, tasks, verify):
         ledger.set_trust(judgement.feedback_id, judgement.trust, judgement.reason)
-        counts[judgement.trust] = counts.get(judgement.trust, 0) + 1
+        counts[judgement.trust.value] = counts.get(judgement.trust.value, 0) + 1
     for trajectory in trajectories:
         if trajectory.outcome is not None:
             for item in trajectory.recalled:
                 ledger.credit_use(item.id, trajectory.success, trajectory.id)
-    run.emit("credit", f"feedback judged: {counts or 'none new'}", **counts)
+    told = ", ".join(f"{count} {trust}" for trust, count in counts.items())
+    run.emit("credit", f"feedback judged: {told or 'none new'}", **counts)
     return {"trust": counts}
 
 
@@ -290,7 +291,7 @@ async def _measure(run: NightRun, number: int, suite: Suite) -> None:
 def store_evaluation(services: Services, suite: Suite, evaluation: Evaluation, trajectories: list[Trajectory]) -> None:
     """Tasks, runs and, last, the evaluation that refers to them."""
     for item in suite.tasks:
-        services.ledger.add_task(item.task)
+        keep_task(services.ledger, item.task)
     for trajectory in trajectories:
         services.ledger.add_trajectory(trajectory)
     services.ledger.add_evaluation(evaluation)

@@ -19,10 +19,11 @@ from typing import Any
 from agent.llm import ChatModel, LiteLLMModel
 from agent.state import AgentDeps
 from memory.embed import load_embedder
-from memory.errors import ConfigError, LedgerError, boundary
+from memory.errors import ConfigError, ConflictError, LedgerError, boundary
 from memory.index import Index, sync
 from memory.ledger import Ledger
 from memory.recall import Memory
+from memory.records import Task
 from serve import promotion
 from serve.adapters import Residency
 from serve.engine import Engine
@@ -54,6 +55,16 @@ def open_ledger(settings: Settings) -> Ledger:
     with boundary(LedgerError, f"cannot use the data folder {settings.data_dir}"):
         settings.data_dir.mkdir(parents=True, exist_ok=True)
     return Ledger.open(settings.database_url)
+
+
+def keep_task(ledger: Ledger, task: Task) -> None:
+    """Commit a task once, however often it is asked; ConflictError when its id stands for another task."""
+    try:
+        ledger.add_task(task)
+    except ConflictError:
+        known = ledger.get_task(task.id)
+        if known != task.model_copy(update={"source": known.source, "created_at": known.created_at}):
+            raise
 
 
 @asynccontextmanager

@@ -32,7 +32,7 @@ class TrainConfig(BaseModel):
     alpha: int = Field(default=32, ge=1)
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     learning_rate: float = Field(default=2e-3, gt=0.0)
-    epochs: int = Field(default=3, ge=1)
+    epochs: int = Field(default=2, ge=1)
     batch_size: int = Field(default=8, ge=1)
     """Rows per step and process."""
     accumulation: int = Field(default=1, ge=1)

@@ -90,7 +90,11 @@ def test_the_plain_model_neither_acts_nor_recalls(client: openai.OpenAI) -> None
         ({"model": "nightschool", "messages": [{"role": "wizard", "content": "Hi"}]}, 400, "messages[0].role"),
         ({"model": "nightschool", "messages": [{"role": "user", "content": 3}]}, 400, "messages[0].content"),
         ({"model": "nightschool", "messages": [{"role": "user", "content": "x"}], "logit_bias": {}}, 400, "logit_bias"),
-        ({"model": "nightschool", "messages": [{"role": "user", "content": "x"}], "temperature": 9}, 400, "temperature"),
+        (
+            {"model": "nightschool", "messages": [{"role": "user", "content": "x"}], "temperature": 9},
+            400,
+            "temperature",
+        ),
         ({"model": "nightschool", "messages": [{"role": "user", "content": "this is too long"}]}, 400, "context"),
         ({"model": "nightschool", "messages": [{"role": "user", "content": "the engine is away"}]}, 503, "reached"),
         (
@@ -111,11 +115,11 @@ def test_the_plain_model_neither_acts_nor_recalls(client: openai.OpenAI) -> None
         ([], 400, ""),
     ],
 )
-def test_bad_input_is_a_clear_openai_error(
-    service: tuple[str, Services], body: object, status: int, said: str
-) -> None:
+def test_bad_input_is_a_clear_openai_error(service: tuple[str, Services], body: object, status: int, said: str) -> None:
     content = body if isinstance(body, str) else json.dumps(body)
-    reply = httpx.post(f"{service[0]}/v1/chat/completions", content=content, headers={"content-type": "application/json"})
+    reply = httpx.post(
+        f"{service[0]}/v1/chat/completions", content=content, headers={"content-type": "application/json"}
+    )
     error = reply.json()["error"]
     assert reply.status_code == status, error
     assert set(error) == {"message", "type", "param", "code"}

@@ -39,11 +39,7 @@ def pupil(request: ChatRequest) -> str:
     last = request.messages[-1]["content"]
     if last in CHAT:
         said = (CHAT[last].verifier.args["any"] or ["well"])[0] if CHAT[last].verifier else ""
-        return (
-            "Action: finish(1)"
-            if generation == 2
-            else f"It is {said}, as far as I know, good friend of mine."
-        )
+        return "Action: finish(1)" if generation == 2 else f"It is {said}, as far as I know, good friend of mine."
     if "[DESCRIPTION]" in last:
         return "[DESCRIPTION]: Use the tool for every step.\n[STRUCTURE]: [(agent, uses, tool)]"
     if last.startswith("Observation: "):

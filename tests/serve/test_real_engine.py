@@ -1,7 +1,6 @@
 """The real vLLM: it starts, answers, survives its own death, and serves a real adapter.
 
-Needs `make setup`. `NIGHTSCHOOL_ENGINE_PYTHON` names another engine environment, `NIGHTSCHOOL_TEST_MODEL`
-a model folder; without it the default model is prepared, in the user's cache so that it happens once.
+Needs `make setup`; see conftest.py for the variables that name another engine or model.
 """
 
 from __future__ import annotations
@@ -19,24 +18,12 @@ import pytest
 from memory.errors import EngineError
 from memory.records import Generation, GenerationStatus
 from serve.adapters import Residency, adapter_sha256, loaded
-from serve.engine import ROOT, Engine, EngineConfig, request
-from serve.models import DEFAULT_MODEL, ensure_model
+from serve.engine import Engine, EngineConfig, request
+from tests.serve.conftest import PYTHON, needs_engine
 
-PYTHON = Path(os.environ.get("NIGHTSCHOOL_ENGINE_PYTHON") or ROOT / ".engine" / "bin" / "python")
-
-pytestmark = [
-    pytest.mark.engine,
-    pytest.mark.skipif(not PYTHON.exists(), reason=f"there is no engine at {PYTHON}: run `make setup`"),
-]
+pytestmark = needs_engine
 
 PROMPT = {"model": "base", "messages": [{"role": "user", "content": "What is the capital of France?"}]}
-
-
-@pytest.fixture(scope="session")
-def model() -> Path:
-    given = os.environ.get("NIGHTSCHOOL_TEST_MODEL")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nightschool" / "models"
-    return ensure_model(given or DEFAULT_MODEL, cache, print)
 
 
 def adapter(model: Path, root: Path, number: int, scale: float) -> Generation:
