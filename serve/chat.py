@@ -57,14 +57,22 @@ def _trajectory_id(key: str | None, tenant: str) -> str:
 
 
 async def answer(
-    services: Services, turnstile: Turnstile, task: Task, request: oai.ChatCompletionRequest, run_id: str
+    services: Services,
+    turnstile: Turnstile,
+    task: Task,
+    request: oai.ChatCompletionRequest,
+    run_id: str,
+    resumable: bool,
 ) -> Trajectory:
     """Run the task on the asked-for generation and commit task and trajectory to the ledger.
 
-    A run that ended in an error of the engine or the request raises it, after it was recorded.
+    `resumable`: a run that is killed goes on at its last step when it is asked for again with the same id.
+    A run that ended in an error of the engine or the request raises it; the ledger then has nothing of it.
     """
     with_agent, generation = promotion.resolve(services.ledger, request.model)
-    deps = services.deps
+    deps, asked = services.deps, task
+    if not resumable:
+        deps = replace(deps, checkpointer=None)
     if not with_agent:
         deps = replace(deps, recaller=NoMemory(), checkpointer=None)
         task = task.model_copy(update={"tools": []})
@@ -81,7 +89,7 @@ async def answer(
         # Nothing was acknowledged, and a retry with the same key must run again: only the log keeps it.
         kind = getattr(our_errors, trajectory.error_type or "", our_errors.ModelError)
         raise kind(trajectory.error)
-    await asyncio.to_thread(_commit, services, task, trajectory)
+    await asyncio.to_thread(_commit, services, asked, trajectory)
     return trajectory
 
 
@@ -119,10 +127,12 @@ async def chat_completions(
     promotion.resolve(services.ledger, body.model)
     run_id = _trajectory_id(idempotency_key, DEFAULT_TENANT)
     stored = _stored(services, run_id, task) if idempotency_key else None
+    resumable = idempotency_key is not None
+    work = _known(stored) if stored else answer(services, turnstile, task, body, run_id, resumable)
     if body.stream:
-        events = _events(services, turnstile, task, body, run_id, stored)
+        events = _events(body, run_id, work)
         return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-    trajectory = stored or await _unless_gone(request, answer(services, turnstile, task, body, run_id))
+    trajectory = await _unless_gone(request, work)
     if trajectory is None:
         return JSONResponse({}, 499)
     return JSONResponse(oai.completion(trajectory, body.model))
@@ -143,13 +153,12 @@ async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T | No
             task.cancel()
 
 
+async def _known(trajectory: Trajectory) -> Trajectory:
+    return trajectory
+
+
 async def _events(
-    services: Services,
-    turnstile: Turnstile,
-    task: Task,
-    body: oai.ChatCompletionRequest,
-    run_id: str,
-    stored: Trajectory | None,
+    body: oai.ChatCompletionRequest, run_id: str, work: Coroutine[Any, Any, Trajectory]
 ) -> AsyncIterator[str]:
     """Server-sent events of one reply; the last comes after the ledger's commit."""
     created = int(time.time())
@@ -160,7 +169,7 @@ async def _events(
 
     yield event({"role": "assistant", "content": ""})
     try:
-        trajectory = stored or await answer(services, turnstile, task, body, run_id)
+        trajectory = await work
     except NightschoolError as exc:
         yield f"data: {json.dumps(describe(exc)[1])}\n\n"
         yield "data: [DONE]\n\n"

@@ -135,6 +135,18 @@ def test_a_retry_with_the_same_key_is_the_same_run(client: openai.OpenAI, servic
         ask(client, "Another question?", extra_headers=headers)
 
 
+def test_a_task_may_be_asked_again_but_its_id_stands_for_no_other(client: openai.OpenAI) -> None:
+    def named(text: str, model: str = "nightschool") -> openai.types.chat.ChatCompletion:
+        messages: list = [{"role": "user", "content": text}]
+        return client.chat.completions.create(
+            model=model, messages=messages, extra_body={"nightschool": {**TASK, "task_id": "sum-1"}}
+        )
+
+    assert named("What is 1 + 2?").id != named("What is 1 + 2?", "champion").id
+    with pytest.raises(openai.ConflictError, match="sum-1"):
+        named("What is 2 + 2?")
+
+
 def test_models_are_listed_and_retrieved(client: openai.OpenAI) -> None:
     names = [model.id for model in client.models.list()]
     assert names == ["nightschool", "champion", "nightschool:gen-0", "gen-0"]
