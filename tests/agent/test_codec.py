@@ -36,14 +36,49 @@ def test_an_answer_comes_back_from_its_line_as_it_was(text: str) -> None:
     assert parse(line["content"], ["calculator"]) == answer
 
 
-@given(st.sampled_from([*TOOLS, None]), spoken)
-def test_the_grammar_accepts_every_line_that_fits_its_length(tool: str | None, text: str) -> None:
-    action = Action(tool, {ARGUMENTS[tool]: text}) if tool else Action(None, {}, text)
-    (line,) = wire([assistant_message(action)], TOOLS)
+@given(st.sampled_from(["python", "search_experience"]), spoken)
+def test_the_grammar_accepts_any_argument_of_a_free_tool_that_fits_its_length(tool: str, text: str) -> None:
+    (line,) = wire([assistant_message(Action(tool, {ARGUMENTS[tool]: text}))], TOOLS)
     inside = line["content"].split("(", 1)[1][:-1]
     for limit in (max(1, len(inside) - 1), len(inside), len(inside) + 1):
         accepted = re.fullmatch(grammar(TOOLS, limit) or "", line["content"]) is not None
         assert accepted == (len(inside) <= limit)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "Action: calc(694 - 909 - 211)",
+        "Action: calc(-5 * (3 + 4) / 2.5)",
+        "Action: calc(gcd(12, 18))",
+        "Action: calc(lcm(lcm(4, 6), 10))",
+        'Action: calc(count("r", "strawberry and more"))',
+        "Action: calc(solve(3*x + 4 = 10))",
+        "Action: calc(3*x + 4 = 10)",
+        "Action: finish(72 apples (or so))",
+    ],
+)
+def test_the_grammar_accepts_what_a_calculator_understands(line: str) -> None:
+    assert re.fullmatch(grammar(["calculator"]) or "", line)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "Action: calc(1 + 2) = 3, so it is 3)",
+        "Action: calc(expression)",
+        "Action: calc(the numbers of the question)",
+        "Action: finish(3) and more)",
+    ],
+)
+def test_the_grammar_ends_a_line_where_its_call_closes_and_keeps_prose_out_of_a_calculation(line: str) -> None:
+    assert not re.fullmatch(grammar(["calculator"]) or "", line)
+
+
+def test_where_an_answer_is_due_the_grammar_leaves_no_tool() -> None:
+    due = grammar(["calculator"], answer_only=True) or ""
+    assert re.fullmatch(due, "Action: finish(3)")
+    assert not re.fullmatch(due, "Action: calc(3)")
 
 
 @given(st.data(), st.sampled_from([["calculator"], ["python"], TOOLS]))

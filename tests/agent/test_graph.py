@@ -271,3 +271,15 @@ def test_the_grammar_leaves_room_to_close_the_line_inside_the_token_budget() -> 
 def test_an_operator_can_leave_the_model_unconstrained() -> None:
     _, (request,) = run(["Action: finish(51)"], constrain=False)
     assert request.regex is None
+
+
+def test_a_repeated_call_and_the_last_turn_leave_only_an_answer() -> None:
+    model = ScriptedModel(["Action: calc(1+1)", "Action: calc(2+2)", "Action: calc(1+1)", "Action: finish(2)"])
+    deps = AgentDeps(llm=model, config=AgentConfig(max_turns=9))
+    asyncio.run(run_task(SUM, ModelRef(0, "base"), deps, purpose=Purpose.SERVE))
+    assert [bool(re.fullmatch(r.regex or "", "Action: calc(3)")) for r in model.requests] == [True, True, True, False]
+
+    model = ScriptedModel(["Action: calc(1+1)", "Action: finish(2)"])
+    deps = AgentDeps(llm=model, config=AgentConfig(max_turns=2))
+    asyncio.run(run_task(SUM, ModelRef(0, "base"), deps, purpose=Purpose.SERVE))
+    assert [bool(re.fullmatch(r.regex or "", "Action: calc(3)")) for r in model.requests] == [True, False]
