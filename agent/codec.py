@@ -63,7 +63,9 @@ def grammar(tools: list[str], max_chars: int = MIN_ACTION_CHARS, *, answer_only:
     """
     if not tools:
         return None
-    lines = [] if answer_only else [rf"{_short(name)[0]}\({_INSIDE.get(name, _FREE)}{{1,{max_chars}}}\)" for name in tools]
+    lines = (
+        [] if answer_only else [rf"{_short(name)[0]}\({_INSIDE.get(name, _FREE)}{{1,{max_chars}}}\)" for name in tools]
+    )
     lines.append(rf"{FINISH}\({_BALANCED}{{1,{max_chars}}}\)")
     return f"Action: ({'|'.join(lines)})"
 

@@ -49,6 +49,11 @@ class NightConfig(BaseModel):
     replay_share: float = Field(
         default=0.5, ge=0, le=4, description="earlier nights' examples per new one, when starting from the champion"
     )
+    rehearsal: int = Field(
+        default=32,
+        ge=0,
+        description="general prompts whose answers by the base model are trained on, against forgetting",
+    )
     principles: int = Field(default=8, ge=0, description="principles distilled in one night at most")
     min_examples: int = Field(default=8, ge=1, description="fewer new examples: the night skips itself")
     held_out_share: float = Field(

@@ -18,6 +18,7 @@ from agent.verify import verify
 from distill.credit import credit
 from distill.dataset import build, read_manifest, write
 from distill.principles import distill_principles, past_runs
+from distill.rehearsal import RECIPE, Answer, rehearse
 from distill.replay import replay
 from distill.snapshot import Snapshot
 from distill.train import launch
@@ -31,6 +32,7 @@ from memory.records import (
     Evaluation,
     Generation,
     GenerationStatus,
+    Message,
     Night,
     NightStatus,
     Purpose,
@@ -183,8 +185,11 @@ def make_dataset(run: NightRun) -> Output:
             snap, run.night.options.get("recipes") or settings.night.recipes, services.memory, compose, config
         )
         again = _replayed(run, snap, len(dataset.examples))
+        general = run.wait(rehearse(_base_answer(services), settings.night.rehearsal))
         dataset = replace(
-            dataset, examples=[*dataset.examples, *again], counts={**dataset.counts, "replay": len(again)}
+            dataset,
+            examples=[*dataset.examples, *again, *general],
+            counts={**dataset.counts, "replay": len(again), RECIPE: len(general)},
         )
         services.ledger.add_examples(run.night.id, dataset.examples)
         manifest = write(dataset, folder)
@@ -192,12 +197,23 @@ def make_dataset(run: NightRun) -> Output:
     return {"folder": str(folder), **manifest.model_dump(mode="json", include={"counts", "dropped", "files"})}
 
 
+def _base_answer(services: Services) -> Answer:
+    """Generation 0 in plain chat, greedily; an answer cut by its budget would teach to stop in mid-sentence."""
+
+    async def answer(messages: list[Message]) -> str | None:
+        base = services.ledger.generation(0).served_name
+        reply = await services.llm.complete(ChatRequest(base, messages, {"temperature": 0.0, "max_tokens": 96}))
+        return reply.text if reply.finish_reason == "stop" else None
+
+    return answer
+
+
 def _replayed(run: NightRun, snap: Snapshot, new: int) -> list[Any]:
     ledger, settings = run.services.ledger, run.services.settings
     if settings.night.train_from == "base":
         return []
     past = [n for n in ledger.nights() if n.status is NightStatus.PROMOTED and n.id != run.night.id]
-    earlier = [example for night in past for example in ledger.examples(night.id)]
+    earlier = [example for night in past for example in ledger.examples(night.id) if example.recipe != RECIPE]
     tasks = ledger.tasks({example.task_id for example in earlier})
     allowed = [e for e in earlier if snap.held_out_reason(tasks[e.task_id]) is None]
     return replay(allowed, new=new, share=settings.night.replay_share, seed=settings.dataset.seed)

@@ -31,7 +31,7 @@ class TrainConfig(BaseModel):
     rank: int = Field(default=16, ge=1)
     alpha: int = Field(default=32, ge=1)
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
-    learning_rate: float = Field(default=2e-3, gt=0.0)
+    learning_rate: float = Field(default=1e-3, gt=0.0)
     epochs: int = Field(default=2, ge=1)
     batch_size: int = Field(default=8, ge=1)
     """Rows per step and process."""

@@ -15,7 +15,7 @@ from agent.llm import ChatRequest, ScriptedModel
 from agent.state import AgentDeps
 from distill.train.config import RESULT, TrainJob, TrainResult
 from memory.embed import load_embedder
-from memory.index import Index
+from memory.index import Index, sync
 from memory.ledger import Ledger
 from memory.recall import Memory
 from memory.records import Generation
@@ -68,6 +68,7 @@ def services_in(
     ledger: Ledger = open_ledger(settings)
     promotion.ensure_base(ledger, settings.model)
     index = Index.open(settings.data_dir / "index", load_embedder("wordllama", settings.data_dir / "embedder"))
+    sync(ledger, index)
     memory = Memory(ledger, index, settings.recall)
     model = ScriptedModel(script)
     deps = AgentDeps(llm=model, recaller=memory, config=settings.agent)

@@ -8,6 +8,7 @@ import pytest
 
 from agent.calculator import calculate
 from agent.llm import ChatRequest
+from distill.rehearsal import PROMPTS
 from evals.chat import chat_suite
 from evals.oracle import oracle, oracle_expression
 from evals.suites import TRAINED_FAMILIES, reasoning_gym_suite, reasoning_gym_tasks, save_suite
@@ -37,6 +38,8 @@ def pupil(request: ChatRequest) -> str:
     """Generation 0 guesses, 1 has learned to use the tool, 2 has forgotten how to chat."""
     generation = 0 if request.model == "base" else int(request.model.split("@")[0].removeprefix("gen-"))
     last = request.messages[-1]["content"]
+    if last in PROMPTS:
+        return "Gladly."
     if last in CHAT:
         said = (CHAT[last].verifier.args["any"] or ["well"])[0] if CHAT[last].verifier else ""
         return "Action: finish(1)" if generation == 2 else f"It is {said}, as far as I know, good friend of mine."
@@ -90,7 +93,7 @@ def test_a_day_of_corrections_makes_a_better_champion_and_a_forgetful_one_is_rej
         assert ledger.champion().number == 1
         assert len(ledger.past_runs(status=MemoryStatus.ACTIVE)) == len(day(1))
         assert {f.trust for f in ledger.feedback()} == {"trusted"}
-        examples = ledger.examples(first["id"])
+        examples = [e for e in ledger.examples(first["id"]) if e.recipe != "rehearsal"]
         assert any(e.with_memory for e in examples)
         assert any(not e.with_memory for e in examples)
         assert not {ledger.get_task(e.task_id).fingerprint for e in examples} & HELD_OUT.fingerprints
