@@ -10,7 +10,7 @@ import logging
 import time
 from typing import Any
 
-from dbos import DBOS, DBOSConfiguredInstance, SetWorkflowID
+from dbos import DBOS, DBOSConfig, DBOSConfiguredInstance, SetWorkflowID
 
 from memory.errors import ConflictError, NightschoolError, NotEnoughExperienceError
 from memory.records import GenerationStatus, Night, NightStatus, StageRun
@@ -130,7 +130,13 @@ class NightSchool(DBOSConfiguredInstance):
 def launch(services: Services) -> NightSchool:
     """Start DBOS on the data folder and go on with an unfinished night."""
     url = f"sqlite:///{(services.settings.data_dir / 'dbos.sqlite').resolve()}"
-    DBOS(config={"name": "nightschool", "system_database_url": url, "run_admin_server": False, "log_level": "WARNING"})
+    config: DBOSConfig = {
+        "name": "nightschool",
+        "system_database_url": url,
+        "run_admin_server": False,
+        "log_level": "WARNING",
+    }
+    DBOS(config=config)
     nights = NightSchool(services)
     DBOS.launch()
     nights.resume()

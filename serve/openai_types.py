@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from memory.records import Message, StopReason, Task, Trajectory, VerifierSpec
+from memory.records import Message, StopReason, Task, Trajectory, VerifierSpec, new_id
 
 RESPONSE_PREFIX = "chatcmpl-"
 
@@ -94,9 +94,8 @@ def check_message(message: Message, where: str) -> None:
 def task_of(request: ChatCompletionRequest, tenant: str) -> Task:
     """The request as a task."""
     extension = request.nightschool
-    named = {"id": extension.task_id} if extension.task_id else {}
     return Task(
-        **named,
+        id=extension.task_id or new_id("task"),
         tenant=tenant,
         workload=extension.workload,
         messages=request.messages,

@@ -42,7 +42,7 @@ class FakeVLLM(ThreadingHTTPServer):
 class Handler(BaseHTTPRequestHandler):
     """The routes."""
 
-    server: FakeVLLM
+    server: FakeVLLM  # pyright: ignore[reportIncompatibleVariableOverride]
     protocol_version = "HTTP/1.1"
 
     def log_message(self, format: str, *args: Any) -> None:

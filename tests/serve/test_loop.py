@@ -41,8 +41,10 @@ def pupil(request: ChatRequest) -> str:
     if last in PROMPTS:
         return "Gladly."
     if last in CHAT:
-        said = (CHAT[last].verifier.args["any"] or ["well"])[0] if CHAT[last].verifier else ""
-        return "Action: finish(1)" if generation == 2 else f"It is {said}, as far as I know, good friend of mine."
+        verifier = CHAT[last].verifier
+        said = (verifier.args["any"] if verifier else None) or ["well"]
+        kind = f"It is {said[0]}, as far as I know, good friend of mine."
+        return "Action: finish(1)" if generation == 2 else kind
     if "[DESCRIPTION]" in last:
         return "[DESCRIPTION]: Use the tool for every step.\n[STRUCTURE]: [(agent, uses, tool)]"
     if last.startswith("Observation: "):
