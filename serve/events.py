@@ -20,7 +20,7 @@ Emit = Callable[..., None]
 def emitter(folder: Path) -> Emit:
     """A function that appends an event to the night in `folder`."""
 
-    def emit(stage: str, message: str, **data: Any) -> None:
+    def emit(stage: str, message: str, /, **data: Any) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         event = {"at": now().isoformat(), "stage": stage, "message": message, "data": data}
         with (folder / EVENTS_FILE).open("a", encoding="utf-8") as file:

@@ -133,6 +133,7 @@ def launch(services: Services) -> NightSchool:
     config: DBOSConfig = {
         "name": "nightschool",
         "system_database_url": url,
+        "application_version": "1",
         "run_admin_server": False,
         "log_level": "WARNING",
     }

@@ -75,12 +75,17 @@ async def rollback(ledger: Ledger, residency: Residency, *, why: str, by: str) -
 
 
 def previous_champion(ledger: Ledger) -> int:
-    """The generation that a rollback would bring back: the one the champion first took over from.
+    """The generation that a rollback would bring back. ConflictError when there is none.
 
-    The first time counts, so that rolling back twice goes two steps back and not forth again.
+    The log is read as a stack: going back to a generation forgets those after it, so that rolling back
+    twice goes two steps back and not forth again.
     """
-    champion = ledger.champion().number
+    served = [0]
     for promotion in ledger.promotions():
-        if promotion.to_generation == champion:
-            return promotion.from_generation
-    raise ConflictError("there is nothing to roll back to: no generation was ever promoted")
+        if promotion.to_generation in served:
+            del served[served.index(promotion.to_generation) + 1 :]
+        else:
+            served.append(promotion.to_generation)
+    if len(served) < 2:
+        raise ConflictError("there is nothing to roll back to: no generation served before this one")
+    return served[-2]

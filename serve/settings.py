@@ -66,7 +66,12 @@ class Settings(BaseSettings):
     """Everything that can be configured."""
 
     model_config = SettingsConfigDict(
-        env_prefix="NIGHTSCHOOL_", env_nested_delimiter="__", toml_file=TOML_FILE, extra="forbid", frozen=True
+        env_prefix="NIGHTSCHOOL_",
+        env_nested_delimiter="__",
+        toml_file=TOML_FILE,
+        extra="forbid",
+        frozen=True,
+        nested_model_default_partial_update=True,
     )
 
     data_dir: Path = Field(default=Path("data"), description="everything Nightschool keeps")

@@ -54,6 +54,8 @@ class Service:
             "NIGHTSCHOOL_ENGINE__PYTHON": str(PYTHON),
             "NIGHTSCHOOL_TRAIN__EPOCHS": "1",
             "NIGHTSCHOOL_TRAIN__CHECKPOINT_STEPS": "1",
+            "NIGHTSCHOOL_TRAIN__WARMUP_STEPS": "0",
+            "NIGHTSCHOOL_NIGHT__REHEARSAL": "8",
             "NIGHTSCHOOL_NIGHT__MIN_EXAMPLES": "4",
             "NIGHTSCHOOL_NIGHT__PRINCIPLES": "2",
             "NIGHTSCHOOL_GATE__MIN_TASKS": "6",

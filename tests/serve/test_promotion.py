@@ -1,0 +1,79 @@
+"""What is served, and the way back."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from memory.errors import ConflictError, NotFoundError
+from memory.ledger import Ledger
+from memory.records import Generation, GenerationStatus
+from serve import promotion
+from tests.serve.fakes import FakeResidency
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Iterator[Ledger]:
+    opened = Ledger.open(f"sqlite:///{tmp_path / 'ledger.sqlite'}")
+    promotion.ensure_base(opened, "test/model")
+    for number in (1, 2):
+        opened.add_generation(
+            Generation(
+                number=number,
+                base_model="test/model",
+                adapter_path=f"night-{number}",
+                adapter_sha256=f"{number}" * 64,
+                status=GenerationStatus.CANDIDATE,
+            )
+        )
+    yield opened
+    opened.close()
+
+
+def promote(ledger: Ledger, number: int, residency: FakeResidency | None = None) -> None:
+    asyncio.run(promotion.promote(ledger, residency or FakeResidency(), number, why="test", by="test"))  # type: ignore[arg-type]
+
+
+def test_a_generation_is_proved_before_it_serves(ledger: Ledger) -> None:
+    residency = FakeResidency()
+    promote(ledger, 1, residency)
+    assert residency.loaded == ["gen-1@111111111111"]
+    assert ledger.champion().number == 1
+
+
+def test_every_name_resolves_to_a_generation(ledger: Ledger) -> None:
+    promote(ledger, 1)
+    assert promotion.resolve(ledger, "nightschool")[1].number == 1
+    assert promotion.resolve(ledger, "champion") == (False, ledger.generation(1))
+    assert promotion.resolve(ledger, "nightschool:gen-0") == (True, ledger.generation(0))
+    assert promotion.resolve(ledger, "gen-2") == (False, ledger.generation(2))
+    for unknown in ("gpt-4", "gen-9", "nightschool:gen-9", "nightschool:latest", "gen-1x", ""):
+        with pytest.raises(NotFoundError):
+            promotion.resolve(ledger, unknown)
+
+
+def test_rolling_back_twice_goes_two_steps_back_and_then_says_there_is_no_more(ledger: Ledger) -> None:
+    promote(ledger, 1)
+    promote(ledger, 2)
+
+    def back() -> int:
+        residency = FakeResidency()
+        done = promotion.rollback(ledger, residency, why="worse", by="test")  # type: ignore[arg-type]
+        return asyncio.run(done).to_generation
+
+    assert [back(), back()] == [1, 0]
+    with pytest.raises(ConflictError, match="nothing to roll back"):
+        back()
+    assert [p.to_generation for p in ledger.promotions()] == [1, 2, 1, 0]
+
+
+def test_what_was_rejected_or_serves_already_is_not_promoted(ledger: Ledger) -> None:
+    ledger.advance_generation(2, GenerationStatus.REJECTED)
+    with pytest.raises(ConflictError, match="rejected"):
+        promote(ledger, 2)
+    promote(ledger, 1)
+    with pytest.raises(ConflictError, match="already"):
+        promote(ledger, 1)
