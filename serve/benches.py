@@ -28,10 +28,10 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 import time, torch
-rows, base, steps, out = json.load(open(sys.argv[1])), sys.argv[2], int(sys.argv[3]), sys.argv[4]
+rows, base, out = json.load(open(sys.argv[1])), sys.argv[2], sys.argv[3]
 tokenizer = AutoTokenizer.from_pretrained(base)
 model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-config = SFTConfig(output_dir=out, per_device_train_batch_size=8, max_steps=steps, learning_rate=2e-3,
+config = SFTConfig(output_dir=out, per_device_train_batch_size=8, num_train_epochs=1, learning_rate=2e-3,
     report_to=[], save_strategy="no", use_cpu=not torch.cuda.is_available(), bf16=False,
     gradient_checkpointing=False, disable_tqdm=True, logging_steps=1)
 peft = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -39,7 +39,9 @@ trainer = SFTTrainer(model=model, processing_class=tokenizer, args=config,
     train_dataset=Dataset.from_list(rows), peft_config=peft)
 started = time.perf_counter()
 trainer.train()
-print(json.dumps({"seconds": time.perf_counter() - started, "tokens": int(trainer.state.num_input_tokens_seen or 0)}))
+seconds = time.perf_counter() - started
+texts = [tokenizer.apply_chat_template(row["messages"], tokenize=False) for row in rows]
+print(json.dumps({"seconds": seconds, "tokens": sum(len(tokenizer(text)["input_ids"]) for text in texts)}))
 """
 
 
@@ -77,14 +79,17 @@ async def _bench_engine(settings: Settings, folder: Path) -> BenchResult:
     import httpx
 
     from agent.llm import ChatRequest, LiteLLMModel
+    from serve import adapters
 
     prompts = [[{"role": "user", "content": f"Compute {i} + {i * 7}. Reply with one action."}] for i in range(CALLS)]
     sampling = {"temperature": 0.0, "max_tokens": 40}
-    async with _engine(settings, folder) as (running, _), httpx.AsyncClient(timeout=600) as http:
+    async with _engine(settings, folder) as (running, base), httpx.AsyncClient(timeout=600) as http:
+        await asyncio.to_thread(_random_adapter, settings, base, folder / "adapter", 1)
+        await adapters.load(running, "adapter", folder / "adapter")
         seam = LiteLLMModel(running, settings.llm)
 
-        async def direct(messages: list[dict[str, Any]]) -> int:
-            body = {"model": "base", "messages": messages, **sampling, "structured_outputs": {"regex": ACTION}}
+        async def direct(messages: list[dict[str, Any]], model: str = "base") -> int:
+            body = {"model": model, "messages": messages, **sampling, "structured_outputs": {"regex": ACTION}}
             headers = {"Authorization": f"Bearer {running.api_key}"}
             reply = await http.post(f"{running.base_url}/chat/completions", json=body, headers=headers)
             return reply.raise_for_status().json()["usage"]["completion_tokens"]
@@ -92,18 +97,23 @@ async def _bench_engine(settings: Settings, folder: Path) -> BenchResult:
         async def through(messages: list[dict[str, Any]]) -> int:
             return (await seam.complete(ChatRequest("base", messages, sampling, ACTION))).completion_tokens or 0
 
+        async def adapted(messages: list[dict[str, Any]]) -> int:
+            return await direct(messages, "adapter")
+
         async def speed(call: Callable[[list[dict[str, Any]]], Any]) -> float:
             started = time.perf_counter()
             tokens = sum(await asyncio.gather(*(call(messages) for messages in prompts)))
             return tokens / (time.perf_counter() - started)
 
         await speed(direct)
-        pairs = [(await speed(direct), await speed(through)) for _ in range(3)]
-    ratio = median(seam_speed / direct_speed for direct_speed, seam_speed in pairs)
+        await speed(through)
+        runs = [(await speed(direct), await speed(through), await speed(adapted)) for _ in range(3)]
     figures = {
-        "direct_tokens_per_s": round(median(d for d, _ in pairs), 1),
-        "litellm_tokens_per_s": round(median(s for _, s in pairs), 1),
-        "litellm_over_direct": round(ratio, 3),
+        "direct_tokens_per_s": round(median(d for d, _, _ in runs), 1),
+        "litellm_tokens_per_s": round(median(s for _, s, _ in runs), 1),
+        "adapter_tokens_per_s": round(median(a for _, _, a in runs), 1),
+        "litellm_over_direct": round(median(s / d for d, s, _ in runs), 3),
+        "adapter_over_base": round(median(a / d for d, _, a in runs), 3),
         "concurrent": CALLS,
     }
     return result("engine", figures, {"litellm_over_direct": ">= 0.95"})
@@ -142,7 +152,7 @@ def train(settings: Settings, steps: int = 4) -> BenchResult:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         (folder / "sft.jsonl").write_text("".join(e.model_dump_json() + "\n" for e in examples))
-        stock = _stock(settings, base, examples, steps, folder)
+        stock = _stock(settings, base, examples, folder)
         for profile in get_args(Profile):
             config = settings.train.model_copy(update={"profile": profile, "epochs": 1, "checkpoint_steps": 0})
             job = TrainJob(dataset_dir=folder, base_model=base, out_dir=folder / profile, config=config)
@@ -154,7 +164,7 @@ def train(settings: Settings, steps: int = 4) -> BenchResult:
     return result("train", figures, {"upper-cached_over_stock": ">= 1.5"})
 
 
-def _stock(settings: Settings, base: Path, examples: list[Example], steps: int, folder: Path) -> float:
+def _stock(settings: Settings, base: Path, examples: list[Example], folder: Path) -> float:
     """Tokens per second of a plain TRL script with all-linear LoRA on the same conversations."""
     import json
 
@@ -163,7 +173,7 @@ def _stock(settings: Settings, base: Path, examples: list[Example], steps: int, 
     rows = [{"messages": [{k: m[k] for k in ("role", "content")} for m in wire(e.messages, e.tools)]} for e in examples]
     (folder / "rows.json").write_text(json.dumps(rows))
     (folder / "stock.py").write_text(STOCK_SCRIPT)
-    arguments = [folder / "stock.py", folder / "rows.json", base, str(steps), folder / "stock"]
+    arguments = [folder / "stock.py", folder / "rows.json", base, folder / "stock"]
     done = subprocess.run(
         [str(settings.trainer_python), *map(str, arguments)], capture_output=True, text=True, check=True
     )
