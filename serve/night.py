@@ -134,7 +134,6 @@ def launch(services: Services) -> NightSchool:
         "name": "nightschool",
         "system_database_url": url,
         "application_version": "1",
-        "run_admin_server": False,
         "log_level": "WARNING",
     }
     DBOS(config=config)
