@@ -280,7 +280,9 @@ def finish(
 ) -> None:
     """The table, the curve and the report."""
     nights = demo_nights(client)
-    champion = next(g for g in client.get("/v1/generations")["data"] if g["status"] == "champion")
+    generations = client.get("/v1/generations")["data"]
+    champion = next(g for g in generations if g["status"] == "champion")
+    rejected = {row_name(g["number"], memory=True) for g in generations if g["status"] == "rejected"}
     decisions = [(job["id"], GateDecision.model_validate(d)) for job in nights if (d := job["nightschool"]["decision"])]
     rows.sort(key=lambda row: (row.held_out[0].generation, row.held_out[0].memory))
     served = row_name(champion["number"], memory=True)
@@ -298,7 +300,7 @@ def finish(
         after=served,
     )
     write_report(report, folder / "report.json")
-    curve = learning_curve(_as_served(report, served), folder / "learning_curve.png")
+    curve = learning_curve(_curve(report, rejected), folder / "learning_curve.png")
     intro = [
         "Three days and two nights. Corrections were simulated by an oracle; everything else is real.",
         "base: day 1, through the endpoint, memory empty. Other rows: the nights' gates, with memory as served.",
@@ -314,10 +316,11 @@ def finish(
     )
 
 
-def _as_served(report: Report, served: str) -> list[Any]:
-    """The rows of the curve: what users got, generation by generation."""
-    rows = [row for row in report["rows"] if row["name"] == "base" or row["name"].endswith("+memory")]
-    return [row for row in rows if row["name"] != "base+memory"] or rows
+def _curve(report: Report, rejected: set[str]) -> list[Any]:
+    """The rows of the curve: day 1, then every generation with memory; one that never served says so."""
+    rows = [row for row in report["rows"] if row["name"].endswith("+memory") and row["name"] != "base+memory"]
+    named = [{**row, "name": f"{row['name']}\n(rejected)"} if row["name"] in rejected else row for row in rows]
+    return [report["rows"][0], *named]
 
 
 def print_report(report: Report, served: str, console: Console) -> None:
