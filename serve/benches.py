@@ -120,10 +120,9 @@ async def _bench_engine(settings: Settings, folder: Path) -> BenchResult:
 
 
 def _bench_examples(n: int) -> list[Example]:
-    from agent.calculator import calculate
     from agent.prompts import compose
-    from evals.oracle import oracle
     from evals.suites import TRAINED_FAMILIES, reasoning_gym_tasks
+    from serve.demo import correct_value
 
     tasks = reasoning_gym_tasks(TRAINED_FAMILIES, n // len(TRAINED_FAMILIES), 11, source="bench")
     return [
@@ -132,9 +131,10 @@ def _bench_examples(n: int) -> list[Example]:
             kind=ExampleKind.SFT,
             task_id=task.id,
             tools=["calculator"],
-            messages=[*compose(task, ["calculator"], None), *oracle(task, calculate)],
+            messages=[*compose(task, ["calculator"], None), *better],
         )
         for task in tasks
+        if (better := correct_value(task)) is not None
     ]
 
 

@@ -35,6 +35,7 @@ from evals.suites import (
     tool_validity_suite,
     untrained_suite,
 )
+from memory.errors import ToolError
 from memory.records import Evaluation, Message, Task, TaskOutcome
 from serve.batch import line_of, run_lines
 from serve.client import Client
@@ -188,13 +189,14 @@ def correct(
 ) -> int:
     """Where the agent failed, the oracle plays the user through the feedback API; returns how often."""
     failed = [
-        (task, replies[i]["id"])
+        (better, replies[i]["id"])
         for i, task in enumerate(day_tasks(day, plan))
         if "nightschool" in replies[i] and replies[i]["nightschool"]["outcome"]["score"] < 0.99
+        if (better := correct_value(task)) is not None
     ]
     with timings.timed(f"corrections {day}"):
-        for task, response in failed:
-            said = {"response_id": response, "kind": "correction", "value": correct_value(task), "author": ORACLE}
+        for better, response in failed:
+            said = {"response_id": response, "kind": "correction", "value": better, "author": ORACLE}
             client.post("/v1/feedback", said)
     console.print(
         f"[yellow]simulated user:[/yellow] {len(failed)} corrections from an oracle over the tasks' references, "
@@ -204,9 +206,12 @@ def correct(
     return len(failed)
 
 
-def correct_value(task: Task) -> list[Message]:
-    """The oracle's better run, as OpenAI messages."""
-    return oracle(task, calculate)
+def correct_value(task: Task) -> list[Message] | None:
+    """The oracle's better run, as OpenAI messages; None for a task that has none (reasoning-gym makes `0 = 0`)."""
+    try:
+        return oracle(task, calculate)
+    except ToolError:
+        return None
 
 
 def live_night(client: Client, number: int, console: Console, timings: Timings) -> None:
