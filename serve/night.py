@@ -10,10 +10,11 @@ import logging
 import time
 from typing import Any
 
-from dbos import DBOS, DBOSConfig, DBOSConfiguredInstance, SetWorkflowID
+from dbos import DBOS, SetWorkflowID
 
 from memory.errors import ConflictError, NightschoolError, NotEnoughExperienceError
 from memory.records import GenerationStatus, Night, NightStatus, StageRun
+from serve import durable
 from serve.events import emitter
 from serve.stages import STAGES, CancelledNightError, NightRun, Output
 from serve.wiring import Services
@@ -21,12 +22,10 @@ from serve.wiring import Services
 log = logging.getLogger(__name__)
 
 
-@DBOS.dbos_class()
-class NightSchool(DBOSConfiguredInstance):
+class NightSchool:
     """Starts, resumes and cancels nights, one at a time."""
 
     def __init__(self, services: Services) -> None:
-        super().__init__("nights")
         self._services = services
 
     def start(self, options: dict[str, Any]) -> Night:
@@ -36,7 +35,7 @@ class NightSchool(DBOSConfiguredInstance):
             raise ConflictError(f"night {running.id} is running; wait for it or cancel it")
         night = Night(options=options)
         self._services.ledger.add_night(night)
-        self._go(night)
+        _go(night)
         return night
 
     def running(self) -> Night | None:
@@ -48,7 +47,7 @@ class NightSchool(DBOSConfiguredInstance):
         """At start: a night that the ledger knows as running goes on (DBOS skips the steps that are done)."""
         night = self.running()
         if night is not None:
-            self._go(night)
+            _go(night)
 
     def cancel(self, night_id: str) -> None:
         """Ask a night to stop; ConflictError when it has ended."""
@@ -58,91 +57,75 @@ class NightSchool(DBOSConfiguredInstance):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "cancel").touch()
 
-    def _go(self, night: Night) -> None:
-        with SetWorkflowID(night.id):
-            DBOS.start_workflow(self.run, night.id)
 
-    @DBOS.workflow()
-    def run(self, night_id: str) -> str:
-        """All stages, then the end. An expected error ends the night as failed or skipped, with its reason."""
-        try:
-            for name in STAGES:
-                self.stage(night_id, name)
-        except NightschoolError as exc:
-            status = (
-                NightStatus.SKIPPED
-                if isinstance(exc, NotEnoughExperienceError)
-                else NightStatus.CANCELLED
-                if isinstance(exc, CancelledNightError)
-                else NightStatus.FAILED
-            )
-            return self.end(night_id, status, [str(exc)])
-        except Exception as exc:
-            log.exception("night %s hit a bug", night_id)
-            return self.end(night_id, NightStatus.FAILED, [f"{type(exc).__name__}: {exc}"])
-        return self.end(night_id, None, [])
-
-    @DBOS.step()
-    def stage(self, night_id: str, name: str) -> None:
-        """One stage, unless the ledger has its output already."""
-        ledger = self._services.ledger
-        if ledger.stage(night_id, name) is not None:
-            return
-        run = self._night_run(night_id)
-        if run.cancelled():
-            raise CancelledNightError("the night was cancelled")
-        run.emit(name, "started")
-        started = time.monotonic()
-        output = STAGES[name](run)
-        ledger.record_stage(StageRun(night_id=night_id, stage=name, output=output, seconds=time.monotonic() - started))
-
-    @DBOS.step()
-    def end(self, night_id: str, status: NightStatus | None, reasons: list[str]) -> str:
-        """The night's last word. `status` None: as the gate decided."""
-        ledger = self._services.ledger
-        decision = ledger.stage(night_id, "decide")
-        published = ledger.stage(night_id, "publish")
-        if status is None:
-            promoted = published is not None and published.output["promoted"]
-            status = NightStatus.PROMOTED if promoted else NightStatus.REJECTED
-            reasons = list(decision.output["reasons"]) if decision else reasons
-        candidate = ledger.night(night_id).candidate
-        if candidate is not None and ledger.generation(candidate).status is GenerationStatus.CANDIDATE:
-            ledger.advance_generation(candidate, GenerationStatus.REJECTED)
-        written = ledger.stage(night_id, "report")
-        path = written.output["path"] if written else None
-        ledger.end_night(night_id, status, reasons, candidate=candidate, report_path=path)
-        self._night_run(night_id).emit("end", status.value, reasons=reasons)
-        return status.value
-
-    def _night_run(self, night_id: str) -> NightRun:
-        ledger = self._services.ledger
-
-        def done(stage: str) -> Output:
-            finished = ledger.stage(night_id, stage)
-            assert finished is not None, f"stage {stage} of {night_id} has not run"
-            return finished.output
-
-        folder = self._services.settings.night_dir(night_id)
-        return NightRun(self._services, ledger.night(night_id), emitter(folder), done)
+def _go(night: Night) -> None:
+    with SetWorkflowID(night.id):
+        DBOS.start_workflow(run_night, night.id)
 
 
-def launch(services: Services) -> NightSchool:
-    """Start DBOS on the data folder and go on with an unfinished night."""
-    url = f"sqlite:///{(services.settings.data_dir / 'dbos.sqlite').resolve()}"
-    config: DBOSConfig = {
-        "name": "nightschool",
-        "system_database_url": url,
-        "application_version": "1",
-        "log_level": "WARNING",
-    }
-    DBOS(config=config)
-    nights = NightSchool(services)
-    DBOS.launch()
-    nights.resume()
-    return nights
+@DBOS.workflow()
+def run_night(night_id: str) -> str:
+    """All stages, then the end. An expected error ends the night as failed or skipped, with its reason."""
+    try:
+        for name in STAGES:
+            run_stage(night_id, name)
+    except NightschoolError as exc:
+        status = (
+            NightStatus.SKIPPED
+            if isinstance(exc, NotEnoughExperienceError)
+            else NightStatus.CANCELLED
+            if isinstance(exc, CancelledNightError)
+            else NightStatus.FAILED
+        )
+        return end_night(night_id, status, [str(exc)])
+    except Exception as exc:
+        log.exception("night %s hit a bug", night_id)
+        return end_night(night_id, NightStatus.FAILED, [f"{type(exc).__name__}: {exc}"])
+    return end_night(night_id, None, [])
 
 
-def shut_down() -> None:
-    """Stop DBOS; a running night goes on at the next start."""
-    DBOS.destroy(destroy_registry=False)
+@DBOS.step()
+def run_stage(night_id: str, name: str) -> None:
+    """One stage, unless the ledger has its output already."""
+    ledger = durable.services().ledger
+    if ledger.stage(night_id, name) is not None:
+        return
+    run = _night_run(night_id)
+    if run.cancelled():
+        raise CancelledNightError("the night was cancelled")
+    run.emit(name, "started")
+    started = time.monotonic()
+    output = STAGES[name](run)
+    ledger.record_stage(StageRun(night_id=night_id, stage=name, output=output, seconds=time.monotonic() - started))
+
+
+@DBOS.step()
+def end_night(night_id: str, status: NightStatus | None, reasons: list[str]) -> str:
+    """The night's last word. `status` None: as the gate decided."""
+    ledger = durable.services().ledger
+    decision = ledger.stage(night_id, "decide")
+    published = ledger.stage(night_id, "publish")
+    if status is None:
+        promoted = published is not None and published.output["promoted"]
+        status = NightStatus.PROMOTED if promoted else NightStatus.REJECTED
+        reasons = list(decision.output["reasons"]) if decision else reasons
+    candidate = ledger.night(night_id).candidate
+    if candidate is not None and ledger.generation(candidate).status is GenerationStatus.CANDIDATE:
+        ledger.advance_generation(candidate, GenerationStatus.REJECTED)
+    written = ledger.stage(night_id, "report")
+    path = written.output["path"] if written else None
+    ledger.end_night(night_id, status, reasons, candidate=candidate, report_path=path)
+    _night_run(night_id).emit("end", status.value, reasons=reasons)
+    return status.value
+
+
+def _night_run(night_id: str) -> NightRun:
+    services = durable.services()
+    ledger = services.ledger
+
+    def done(stage: str) -> Output:
+        finished = ledger.stage(night_id, stage)
+        assert finished is not None, f"stage {stage} of {night_id} has not run"
+        return finished.output
+
+    return NightRun(services, ledger.night(night_id), emitter(services.settings.night_dir(night_id)), done)

@@ -46,14 +46,17 @@ def bind(host: str, port: int) -> socket.socket:
 async def _serve(settings: Settings, listener: socket.socket) -> None:
     import uvicorn
 
-    from serve import night
+    from serve import durable
     from serve.app import create_app
+    from serve.night import NightSchool
     from serve.wiring import announce, build
 
     log = logging.getLogger("nightschool")
     async with build(settings, log.info) as services:
-        nights = await asyncio.to_thread(night.launch, services)
+        await asyncio.to_thread(durable.launch, services)
+        nights = NightSchool(services)
         try:
+            await asyncio.to_thread(nights.resume)
             config = uvicorn.Config(
                 create_app(services, nights),
                 lifespan="off",
@@ -70,4 +73,4 @@ async def _serve(settings: Settings, listener: socket.socket) -> None:
             log.info("OpenAI-compatible endpoint on http://%s:%s/v1", host, port)
             await uvicorn.Server(config).serve(sockets=[listener])
         finally:
-            await asyncio.to_thread(night.shut_down)
+            await asyncio.to_thread(durable.shut_down)

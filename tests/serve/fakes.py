@@ -110,8 +110,9 @@ def running(settings: Settings, script: Callable[[ChatRequest], str | Exception]
     """The real app on a real port in a thread, nights included; yields its URL and parts."""
     import uvicorn
 
-    from serve import night
+    from serve import durable
     from serve.app import create_app
+    from serve.night import NightSchool
     from serve.server import bind
 
     listener = bind("127.0.0.1", 0)
@@ -121,7 +122,9 @@ def running(settings: Settings, script: Callable[[ChatRequest], str | Exception]
 
     async def main() -> None:
         with services_in(settings, script, asyncio.get_running_loop()) as services:
-            nights = await asyncio.to_thread(night.launch, services)
+            await asyncio.to_thread(durable.launch, services)
+            nights = NightSchool(services)
+            await asyncio.to_thread(nights.resume)
             server = uvicorn.Server(uvicorn.Config(create_app(services, nights), lifespan="off", log_level="error"))
             server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
             held.update(server=server, services=services)
@@ -129,11 +132,21 @@ def running(settings: Settings, script: Callable[[ChatRequest], str | Exception]
             try:
                 await server.serve(sockets=[listener])
             finally:
-                await asyncio.to_thread(night.shut_down)
+                await asyncio.to_thread(durable.shut_down)
 
-    thread = threading.Thread(target=lambda: asyncio.run(main()), daemon=True)
+    def live() -> None:
+        try:
+            asyncio.run(main())
+        except BaseException as exc:
+            held["error"] = exc
+            started.set()
+            raise
+
+    thread = threading.Thread(target=live, daemon=True)
     thread.start()
-    started.wait(60)
+    assert started.wait(60), "the service did not start within a minute"
+    if "services" not in held:
+        raise held["error"]
     try:
         yield url, held["services"]
     finally:
