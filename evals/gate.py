@@ -34,7 +34,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from evals.stats import Difference, paired_difference
 from memory.errors import ConfigError
-from memory.records import Evaluation, TaskOutcome
+from memory.night_records import Evaluation, TaskOutcome
 
 Verdict = Literal["promote", "reject", "not_enough_evidence"]
 Pair = tuple[Evaluation, Evaluation]

@@ -15,7 +15,7 @@ from typing import TypedDict
 from evals.gate import pair_outcomes
 from evals.stats import paired_difference, wilson
 from memory.errors import ConfigError, boundary
-from memory.records import Evaluation
+from memory.night_records import Evaluation
 
 
 class Rate(TypedDict):

@@ -14,8 +14,9 @@ from dataclasses import replace
 from agent.run import AgentDeps, ModelRef, run_task
 from evals.suites import EvalTask, Suite
 from memory.errors import ConfigError, ContextLengthError, ModelError, VerifierError
+from memory.night_records import Evaluation, TaskOutcome
 from memory.recall import NoMemory
-from memory.records import Evaluation, Purpose, StopReason, TaskOutcome, Trajectory
+from memory.records import Purpose, StopReason, Trajectory
 
 _THE_MODELS_OWN = ContextLengthError.__name__
 """A conversation that outgrew the context is the model's doing: a failed task, no hole."""

@@ -18,21 +18,15 @@ from sqlalchemy import func, select
 from memory import items, nights, rows
 from memory.database import Database
 from memory.items import Candidate, ItemText, OutboxRow
+from memory.night_records import Evaluation, Generation, GenerationStatus, Night, NightStatus, Promotion, StageRun
 from memory.records import (
-    Evaluation,
     Example,
     Feedback,
-    Generation,
-    GenerationStatus,
     MemoryKind,
     MemoryStatus,
-    Night,
-    NightStatus,
     PastRun,
     Principle,
-    Promotion,
     Purpose,
-    StageRun,
     Task,
     Trajectory,
     Trust,
@@ -57,6 +51,11 @@ class Ledger:
         `wait_s`: seconds that a write waits for another writer. Raises `ConfigError`, `LedgerError`.
         """
         return cls(Database.open(url, wait_s))
+
+    @property
+    def database(self) -> Database:
+        """The same database, for what has a room of its own (keys, files, batches, stored replies)."""
+        return self._database
 
     def close(self) -> None:
         """Give the database's connections back."""
@@ -86,6 +85,7 @@ class Ledger:
     def add_trajectory(self, trajectory: Trajectory) -> None:
         """Add a run; its task must be in the ledger, under the same tenant."""
         columns = trajectory.model_dump(include={"task_id", "tenant", "workload", "purpose"})
+        columns["conversation"] = trajectory.conversation_id
         with self._database.writing() as connection:
             rows.require(connection, tasks_table, "task", _owned(trajectory.task_id, trajectory.tenant))
             rows.add(connection, trajectories_table, trajectory, "trajectory", {"id": trajectory.id}, **columns)
@@ -95,6 +95,13 @@ class Ledger:
         with self._database.reading() as connection:
             key = _owned(trajectory_id, tenant)
             return rows.find(connection, trajectories_table, Trajectory, "trajectory", key)
+
+    def conversation(self, conversation_id: str, *, tenant: str) -> list[Trajectory]:
+        """The runs of a conversation, oldest first; empty for an unknown one."""
+        table = trajectories_table
+        query = select(table.c.body).where(table.c.tenant == tenant, table.c.conversation == conversation_id)
+        with self._database.reading() as connection:
+            return rows.read(connection, Trajectory, query.order_by(table.c.seq))
 
     def trajectories(
         self,

@@ -13,18 +13,17 @@ from sqlalchemy import Connection, func, insert, select
 
 from memory import rows
 from memory.errors import ConflictError, NotFoundError
-from memory.records import (
+from memory.night_records import (
     GENERATION_TRANSITIONS,
     Evaluation,
-    Example,
     Generation,
     GenerationStatus,
     Night,
     NightStatus,
     Promotion,
     StageRun,
-    now,
 )
+from memory.records import Example, now
 from memory.schema import evaluations, examples, generations, nights, promotions, stages
 
 

@@ -16,7 +16,7 @@ import time
 import uuid
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -64,6 +64,8 @@ class Purpose(StrEnum):
 
     SERVE = "serve"
     EVAL = "eval"
+    UNTAUGHT = "untaught"
+    """Served like any other, but its client asked (`store: false`) that nothing be learned from it."""
 
 
 class VerifierSpec(Record):
@@ -82,6 +84,8 @@ class Task(Record):
     messages: list[Message]
     tools: list[str] | None = None
     """Names of the service's own tools; None = the service's default set."""
+    client_tools: list[dict[str, Any]] = Field(default_factory=list)
+    """OpenAI function tools that the client runs itself."""
     reference: str | None = None
     verifier: VerifierSpec | None = None
     source: str = "api"
@@ -202,6 +206,11 @@ class Trajectory(Record):
     """The engine's name of what really answered: the base model's, or `gen-N@sha`."""
     sampling: dict[str, Any] = Field(default_factory=dict)
     tools: list[str] = Field(default_factory=list)
+    client_tools: list[dict[str, Any]] = Field(default_factory=list)
+    conversation_id: str | None = None
+    """The conversation it belongs to, when its client or its predecessor named one."""
+    continues: str | None = None
+    """The run that ended in a client's tool call and whose messages this one begins with."""
     messages: list[Message]
     steps: list[Step] = Field(default_factory=list)
     recalled: list[Recalled] = Field(default_factory=list)
@@ -370,130 +379,3 @@ class Example(Record):
     def content_hash(self) -> str:
         """Hash of what is trained on: equal hashes are duplicates."""
         return content_hash([self.kind, self.messages, self.chosen, self.rejected])
-
-
-class GenerationStatus(StrEnum):
-    """The life of a trained adapter."""
-
-    CANDIDATE = "candidate"
-    CHAMPION = "champion"
-    RETIRED = "retired"
-    REJECTED = "rejected"
-
-
-GENERATION_TRANSITIONS: dict[GenerationStatus, frozenset[GenerationStatus]] = {
-    GenerationStatus.CANDIDATE: frozenset({GenerationStatus.CHAMPION, GenerationStatus.REJECTED}),
-    GenerationStatus.CHAMPION: frozenset({GenerationStatus.RETIRED}),
-    GenerationStatus.RETIRED: frozenset({GenerationStatus.CHAMPION}),
-    GenerationStatus.REJECTED: frozenset(),
-}
-
-
-class Generation(Record):
-    """What can be served: the base model (number 0) or a trained adapter on it."""
-
-    number: int = Field(ge=0)
-    parent: int | None = None
-    base_model: str
-    adapter_path: str | None = None
-    adapter_sha256: str | None = None
-    night_id: str | None = None
-    status: GenerationStatus
-    metrics: dict[str, Any] = Field(default_factory=dict)
-    created_at: datetime = Field(default_factory=now)
-
-    @property
-    def served_name(self) -> str:
-        """The engine's immutable name for it: `gen-N@` and twelve hex digits of the adapter's hash.
-
-        Generation 0 is the engine's `base`. A name is never loaded twice with other weights.
-        """
-        if self.adapter_sha256 is None:
-            return "base"
-        return f"gen-{self.number}@{self.adapter_sha256[:12]}"
-
-
-class Promotion(Record):
-    """One row of the log of what is served. The last row is the truth."""
-
-    id: str = Field(default_factory=lambda: new_id("prom"))
-    from_generation: int
-    to_generation: int
-    why: str
-    by: str
-    at: datetime = Field(default_factory=now)
-
-
-class NightStatus(StrEnum):
-    """The life of a night. All but the first are final."""
-
-    RUNNING = "running"
-    PROMOTED = "promoted"
-    REJECTED = "rejected"
-    SKIPPED = "skipped"
-    FAILED = "failed"
-    CANCELLED = "cancelled"
-
-
-class Night(Record):
-    """One self-training job."""
-
-    id: str = Field(default_factory=lambda: new_id("night"))
-    status: NightStatus = NightStatus.RUNNING
-    options: dict[str, Any] = Field(default_factory=dict)
-    candidate: int | None = None
-    reasons: list[str] = Field(default_factory=list)
-    report_path: str | None = None
-    created_at: datetime = Field(default_factory=now)
-    ended_at: datetime | None = None
-
-
-class StageRun(Record):
-    """One finished stage of a night: its output is what a resumed night goes on from."""
-
-    night_id: str
-    stage: str
-    output: dict[str, Any]
-    seconds: float
-    at: datetime = Field(default_factory=now)
-
-
-class TaskOutcome(Record):
-    """One task of a suite as one generation did it. `key` pairs it with other generations' runs."""
-
-    key: str
-    workload: str
-    score: float = Field(ge=0.0, le=1.0)
-    answer: str | None = None
-    trajectory_id: str | None = None
-    prompt_tokens: int = 0
-
-    @property
-    def success(self) -> bool:
-        """Full marks."""
-        return self.score >= 0.99
-
-
-class Evaluation(Record):
-    """A suite run by a generation under stated settings."""
-
-    id: str = Field(default_factory=lambda: new_id("eval"))
-    suite: str
-    suite_hash: str
-    role: Literal["held_out", "control"]
-    generation: int
-    memory: bool
-    memory_watermark: str = ""
-    """What memory held: the newest memory row's id, or "" for an empty one."""
-    settings: dict[str, Any] = Field(default_factory=dict)
-    outcomes: list[TaskOutcome]
-    seconds: float
-    night_id: str | None = None
-    created_at: datetime = Field(default_factory=now)
-
-    @property
-    def success(self) -> float | None:
-        """Share of tasks with full marks; None for an empty suite."""
-        if not self.outcomes:
-            return None
-        return sum(o.success for o in self.outcomes) / len(self.outcomes)

@@ -67,8 +67,10 @@ trajectories = Table(
     Column("workload", String, nullable=False),
     Column("purpose", String, nullable=False),
     *_record(),
+    Column("conversation", String, nullable=True),
     Index(None, "tenant", "workload", "seq"),
     Index(None, "purpose", "seq"),
+    Index(None, "tenant", "conversation", "seq"),
     sqlite_autoincrement=True,
 )
 
@@ -200,3 +202,80 @@ evaluations = Table(
     Index(None, "suite_hash", "generation"),
     sqlite_autoincrement=True,
 )
+
+api_keys = Table(
+    "api_keys",
+    metadata,
+    _seq(),
+    Column("id", String, nullable=False, unique=True),
+    Column("secret_hash", String, nullable=False, unique=True),
+    Column("tenant", String, nullable=False),
+    *_record(),
+    sqlite_autoincrement=True,
+)
+"""Keys by the sha256 of their secret; the secret itself is nowhere."""
+
+replies = Table(
+    "replies",
+    metadata,
+    _seq(),
+    Column("tenant", String, nullable=False),
+    Column("idempotency_key", String, nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+    *_record(),
+    UniqueConstraint("tenant", "idempotency_key"),
+    Index(None, "created_at"),
+    sqlite_autoincrement=True,
+)
+"""What a POST with an Idempotency-Key was answered; `created_at` in Unix seconds, for expiry."""
+
+files = Table(
+    "files",
+    metadata,
+    _seq(),
+    Column("id", String, nullable=False, unique=True),
+    Column("tenant", String, nullable=False),
+    Column("purpose", String, nullable=False),
+    *_record(),
+    Index(None, "tenant", "seq"),
+    sqlite_autoincrement=True,
+)
+"""Uploaded and produced files; the bytes lie in the data folder under the file's id."""
+
+batches = Table(
+    "batches",
+    metadata,
+    _seq(),
+    Column("id", String, nullable=False, unique=True),
+    Column("tenant", String, nullable=False),
+    Column("status", String, nullable=False),
+    *_record(),
+    Index(None, "tenant", "seq"),
+    sqlite_autoincrement=True,
+)
+
+batch_lines = Table(
+    "batch_lines",
+    metadata,
+    Column("batch_id", String, ForeignKey("batches.id"), primary_key=True),
+    Column("line", Integer, primary_key=True, autoincrement=False),
+    Column("custom_id", String, nullable=False),
+    Column("status", String, nullable=False),
+    Column("request", Text, nullable=False),
+    Column("result", Text, nullable=True),
+    Index(None, "batch_id", "status", "line"),
+    UniqueConstraint("batch_id", "custom_id"),
+)
+"""One line of a batch: `pending`, then `completed` or `failed` in the transaction that adds its trajectory."""
+
+responses = Table(
+    "responses",
+    metadata,
+    _seq(),
+    Column("id", String, nullable=False, unique=True),
+    Column("tenant", String, nullable=False),
+    Column("trajectory_id", String, nullable=False),
+    *_record(),
+    sqlite_autoincrement=True,
+)
+"""Stored replies of the Responses API, with the items that led to them."""

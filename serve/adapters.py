@@ -19,7 +19,7 @@ from pathlib import Path
 
 from agent.llm import Endpoint
 from memory.errors import EngineError
-from memory.records import Generation
+from memory.night_records import Generation
 from serve.engine import BASE_NAME, EngineUnreachableError, request
 from serve.models import file_sha256
 

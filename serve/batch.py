@@ -18,8 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from memory.errors import ConfigError, EngineError, NightschoolError, boundary
 from memory.records import Message, Task, VerifierSpec, content_hash, new_id
+from serve.api.openai_types import check_message
 from serve.client import Client
-from serve.openai_types import check_message
 
 
 class TaskLine(BaseModel):

@@ -16,7 +16,8 @@ from statistics import median
 from typing import Any
 
 from evals.bench import Bench, BenchResult, registry, result
-from memory.records import Example, ExampleKind, Generation, GenerationStatus
+from memory.night_records import Generation, GenerationStatus
+from memory.records import Example, ExampleKind
 from serve.settings import Settings
 
 ACTION = r"Action: (calc|finish)\([^\n]{1,60}\)"

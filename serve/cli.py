@@ -86,8 +86,8 @@ def feedback(
     over: Annotated[str | None, typer.Option(help="id of a worse response")] = None,
 ) -> None:
     """Score, correct or comment on a reply; the next night learns from what it can trust."""
+    from serve.api.feedback import OPERATOR, FeedbackRequest, store_feedback
     from serve.commands import feedback_value
-    from serve.feedback import OPERATOR, FeedbackRequest, store_feedback
     from serve.wiring import open_ledger
 
     kind, value = feedback_value(score=score, correction=correction, hint=hint, comment=comment, preference=over)

@@ -36,7 +36,8 @@ from evals.suites import (
     untrained_suite,
 )
 from memory.errors import ToolError
-from memory.records import Evaluation, Message, Task, TaskOutcome
+from memory.night_records import Evaluation, TaskOutcome
+from memory.records import Message, Task
 from serve.batch import line_of, run_lines
 from serve.client import Client
 from serve.commands import follow_night, print_night, print_outcomes, progress_bar, share

@@ -13,7 +13,7 @@ from typing import Any
 from dbos import DBOS, SetWorkflowID
 
 from memory.errors import ConflictError, NightschoolError, NotEnoughExperienceError
-from memory.records import GenerationStatus, Night, NightStatus, StageRun
+from memory.night_records import GenerationStatus, Night, NightStatus, StageRun
 from serve import durable
 from serve.events import emitter
 from serve.stages import STAGES, CancelledNightError, NightRun, Output

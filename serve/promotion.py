@@ -11,7 +11,7 @@ import re
 from agent.state import ModelRef
 from memory.errors import ConflictError, NotFoundError
 from memory.ledger import Ledger
-from memory.records import Generation, GenerationStatus, Promotion
+from memory.night_records import Generation, GenerationStatus, Promotion
 from serve.adapters import Residency
 
 AGENT_MODEL = "nightschool"

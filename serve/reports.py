@@ -9,7 +9,8 @@ from evals.page import render_page, write_page
 from evals.plot import learning_curve
 from evals.report import Measured, build_report, write_report
 from memory.ledger import Ledger
-from memory.records import Evaluation, FeedbackKind, Night, Trust
+from memory.night_records import Evaluation, Night
+from memory.records import FeedbackKind, Trust
 
 
 def measured_rows(ledger: Ledger, night_id: str) -> list[Measured]:

@@ -47,7 +47,7 @@ async def _serve(settings: Settings, listener: socket.socket) -> None:
     import uvicorn
 
     from serve import durable
-    from serve.app import create_app
+    from serve.api.app import create_app
     from serve.night import NightSchool
     from serve.wiring import announce, build
 

@@ -28,16 +28,8 @@ from evals.runner import evaluate
 from evals.suites import Suite
 from memory.errors import ConflictError, NightschoolError, TrainingError
 from memory.index import drain
-from memory.records import (
-    Evaluation,
-    Generation,
-    GenerationStatus,
-    Message,
-    Night,
-    NightStatus,
-    Purpose,
-    Trajectory,
-)
+from memory.night_records import Evaluation, Generation, GenerationStatus, Night, NightStatus
+from memory.records import Message, Purpose, Trajectory
 from serve import promotion
 from serve.adapters import adapter_sha256
 from serve.events import Emit

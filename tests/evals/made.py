@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from memory.records import Evaluation, TaskOutcome
+from memory.night_records import Evaluation, TaskOutcome
 
 
 def evaluation(

@@ -10,8 +10,9 @@ from evals.gate import decide
 from evals.runner import evaluate
 from evals.suites import EvalTask, Suite
 from memory.errors import ConfigError, ContextLengthError, ModelError, VerifierError
+from memory.night_records import Evaluation
 from memory.recall import Recall
-from memory.records import Evaluation, Purpose, Task, Trajectory, VerifierSpec, text_of
+from memory.records import Purpose, Task, Trajectory, VerifierSpec, text_of
 
 
 def words(n: int, verifier: VerifierSpec | None = None) -> Suite:

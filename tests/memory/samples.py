@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from memory.ledger import Ledger
+from memory.night_records import Evaluation, Generation, GenerationStatus, TaskOutcome
 from memory.records import (
     DEFAULT_TENANT,
-    Evaluation,
     Example,
     ExampleKind,
     Feedback,
     FeedbackKind,
-    Generation,
-    GenerationStatus,
     PastRun,
     Principle,
     PrincipleKind,
     StopReason,
     Task,
-    TaskOutcome,
     Trajectory,
 )
 

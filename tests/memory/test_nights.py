@@ -8,7 +8,7 @@ import pytest
 
 from memory.errors import ConflictError, NotFoundError
 from memory.ledger import Ledger
-from memory.records import GenerationStatus, Night, NightStatus, Promotion, StageRun
+from memory.night_records import GenerationStatus, Night, NightStatus, Promotion, StageRun
 from tests.memory import samples
 
 CHAMPION, CANDIDATE = GenerationStatus.CHAMPION, GenerationStatus.CANDIDATE

@@ -17,8 +17,8 @@ from distill.train.config import RESULT, TrainJob, TrainResult
 from memory.embed import load_embedder
 from memory.index import Index, sync
 from memory.ledger import Ledger
+from memory.night_records import Generation
 from memory.recall import Memory
-from memory.records import Generation
 from serve import promotion
 from serve.settings import Settings
 from serve.wiring import Services, announce, open_ledger
@@ -111,7 +111,7 @@ def running(settings: Settings, script: Callable[[ChatRequest], str | Exception]
     import uvicorn
 
     from serve import durable
-    from serve.app import create_app
+    from serve.api.app import create_app
     from serve.night import NightSchool
     from serve.server import bind
 

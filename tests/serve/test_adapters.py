@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from memory.errors import EngineError
-from memory.records import Generation, GenerationStatus
+from memory.night_records import Generation, GenerationStatus
 from serve import adapters
 from serve.adapters import Residency, adapter_sha256, load, loaded, probe, unload, verify
 from tests.serve.fake_engine import FakeVLLM

@@ -20,7 +20,7 @@ import pytest
 from evals.chat import chat_suite
 from evals.suites import TRAINED_FAMILIES, Suite, reasoning_gym_suite, reasoning_gym_tasks, save_suite
 from memory.ledger import Ledger
-from memory.records import Generation, GenerationStatus, NightStatus
+from memory.night_records import Generation, GenerationStatus, NightStatus
 from serve.adapters import adapter_sha256
 from serve.batch import line_of, run_lines
 from serve.client import Client, stop

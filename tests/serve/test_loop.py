@@ -12,7 +12,8 @@ from distill.rehearsal import PROMPTS
 from evals.chat import chat_suite
 from evals.oracle import oracle, oracle_expression
 from evals.suites import TRAINED_FAMILIES, reasoning_gym_suite, reasoning_gym_tasks, save_suite
-from memory.records import GenerationStatus, MemoryStatus, NightStatus, Task
+from memory.night_records import GenerationStatus, NightStatus
+from memory.records import MemoryStatus, Task
 from serve.batch import line_of, run_lines
 from serve.client import Client
 from serve.demo import correct_value

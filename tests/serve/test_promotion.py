@@ -10,7 +10,7 @@ import pytest
 
 from memory.errors import ConflictError, NotFoundError
 from memory.ledger import Ledger
-from memory.records import Generation, GenerationStatus
+from memory.night_records import Generation, GenerationStatus
 from serve import promotion
 from tests.serve.fakes import FakeResidency
 

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from memory.errors import EngineError
-from memory.records import Generation, GenerationStatus
+from memory.night_records import Generation, GenerationStatus
 from serve.adapters import Residency, adapter_sha256, loaded
 from serve.engine import Engine, EngineConfig, request
 from tests.serve.conftest import PYTHON, needs_engine

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from evals.runner import evaluate
 from memory.errors import ConfigError
-from memory.records import Generation, Night, NightStatus
+from memory.night_records import Generation, Night, NightStatus
 from serve import promotion
 from serve.events import read_events
 from serve.night import NightSchool

@@ -21,9 +21,9 @@ from memory import errors as our_errors
 from memory.errors import ConflictError, NightschoolError, NotFoundError
 from memory.recall import NoMemory
 from memory.records import DEFAULT_TENANT, Purpose, StopReason, Task, Trajectory, new_id
-from serve import openai_types as oai
 from serve import promotion
-from serve.errors import BusyError, describe
+from serve.api import openai_types as oai
+from serve.api.errors import BusyError, describe
 from serve.settings import ServerConfig
 from serve.wiring import Services, keep_task
 

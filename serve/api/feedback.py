@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from memory.errors import ConfigError, ConflictError
 from memory.ledger import Ledger
 from memory.records import DEFAULT_TENANT, Feedback, FeedbackKind, content_hash
-from serve.openai_types import RESPONSE_PREFIX
+from serve.api.openai_types import RESPONSE_PREFIX
 from serve.wiring import Services
 
 router = APIRouter()

@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 
-from serve import chat, errors, feedback, jobs
+from serve.api import chat, errors, feedback, jobs
 from serve.night import NightSchool
 from serve.wiring import Services
 
