@@ -8,6 +8,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 
 from serve.api import chat, errors, feedback, jobs
+from serve.api.runs import Turnstile
 from serve.night import NightSchool
 from serve.wiring import Services
 
@@ -17,7 +18,7 @@ def create_app(services: Services, nights: NightSchool) -> FastAPI:
     app = FastAPI(title="Nightschool", redoc_url=None)
     app.state.services = services
     app.state.nights = nights
-    app.state.turnstile = chat.Turnstile(services.settings.server)
+    app.state.turnstile = Turnstile(services.settings.server)
     errors.install(app)
     for router in (chat.router, feedback.router, jobs.router):
         app.include_router(router)

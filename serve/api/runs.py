@@ -1,0 +1,149 @@
+"""A chat request as a run: admitted, run on the asked-for generation, committed to the ledger before anyone is told.
+
+Chat completions, responses and batches all come through here; how their replies look is theirs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from agent.run import run_task
+from memory import errors as our_errors
+from memory.errors import ConflictError, NotFoundError
+from memory.recall import NoMemory
+from memory.records import Purpose, StopReason, Task, Trajectory, new_id
+from serve import promotion
+from serve.api import openai_types as oai
+from serve.api.errors import BusyError
+from serve.settings import ServerConfig
+from serve.wiring import Services, keep_task
+
+
+@dataclass(frozen=True)
+class TextDelta:
+    """A piece of the answer."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class ToolCallDelta:
+    """A call, or the next piece of its arguments, of a tool that the client runs."""
+
+    index: int
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What the agent did on its way (recall, its own tools), for clients that asked to watch."""
+
+    event: dict[str, Any]
+
+
+RunEvent = TextDelta | ToolCallDelta | Watched | Trajectory
+"""What a run says while it goes on; the trajectory comes last, when it is in the ledger."""
+
+
+class Turnstile:
+    """Lets `max_concurrent` runs in, keeps `max_waiting` waiting, turns further ones away with 429."""
+
+    def __init__(self, config: ServerConfig) -> None:
+        self._slots = asyncio.Semaphore(config.max_concurrent)
+        self._limit = config.max_concurrent + config.max_waiting
+        self.inside = 0
+
+    @asynccontextmanager
+    async def enter(self) -> AsyncIterator[None]:
+        if self.inside >= self._limit:
+            raise BusyError("too many requests are waiting; try again in a few seconds")
+        self.inside += 1
+        try:
+            async with self._slots:
+                yield
+        finally:
+            self.inside -= 1
+
+
+def trajectory_id(key: str | None, tenant: str) -> str:
+    """A retried request names the same run: the id follows from its idempotency key."""
+    return f"traj_{hashlib.sha256(f'{tenant}/{key}'.encode()).hexdigest()[:32]}" if key else new_id("traj")
+
+
+async def answer(
+    services: Services,
+    turnstile: Turnstile,
+    task: Task,
+    request: oai.ChatCompletionRequest,
+    run_id: str,
+    resumable: bool,
+) -> Trajectory:
+    """Run the task on the asked-for generation and commit task and trajectory to the ledger.
+
+    `resumable`: a run that is killed goes on at its last step when it is asked for again with the same id.
+    A run that ended in an error of the engine or the request raises it; the ledger then has nothing of it.
+    """
+    with_agent, generation = promotion.resolve(services.ledger, request.model)
+    deps, asked = services.deps, task
+    if not resumable:
+        deps = replace(deps, checkpointer=None)
+    if not with_agent:
+        deps = replace(deps, recaller=NoMemory(), checkpointer=None)
+        task = task.model_copy(update={"tools": []})
+    async with turnstile.enter(), services.residency.using(generation):
+        trajectory = await run_task(
+            task,
+            promotion.model_ref(generation),
+            deps,
+            purpose=Purpose.SERVE,
+            sampling=_sampling(request, with_agent, services),
+            trajectory_id=run_id,
+        )
+    if trajectory.stop_reason is StopReason.ERROR:
+        # Nothing was acknowledged, and a retry with the same key must run again: only the log keeps it.
+        kind = getattr(our_errors, trajectory.error_type or "", our_errors.ModelError)
+        raise kind(trajectory.error)
+    await asyncio.to_thread(_commit, services, asked, trajectory)
+    return trajectory
+
+
+async def run_events(
+    services: Services,
+    turnstile: Turnstile,
+    task: Task,
+    request: oai.ChatCompletionRequest,
+    run_id: str,
+    resumable: bool,
+) -> AsyncIterator[RunEvent]:
+    """`answer`, as it happens. Closing the iterator cancels the run; errors are raised as by `answer`."""
+    trajectory = await answer(services, turnstile, task, request, run_id, resumable)
+    if trajectory.answer:
+        yield TextDelta(trajectory.answer)
+    yield trajectory
+
+
+def _sampling(request: oai.ChatCompletionRequest, with_agent: bool, services: Services) -> dict[str, Any]:
+    plain_default = {} if with_agent else {"max_tokens": services.settings.agent.max_run_tokens // 8}
+    return plain_default | request.sampling
+
+
+def _commit(services: Services, task: Task, trajectory: Trajectory) -> None:
+    keep_task(services.ledger, task)
+    services.ledger.add_trajectory(trajectory)
+
+
+def stored_run(services: Services, run_id: str, task: Task) -> Trajectory | None:
+    try:
+        trajectory = services.ledger.get_trajectory(run_id)
+    except NotFoundError:
+        return None
+    if services.ledger.get_task(trajectory.task_id).fingerprint != task.fingerprint:
+        raise ConflictError("this Idempotency-Key was used with another request body")
+    return trajectory
