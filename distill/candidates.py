@@ -21,20 +21,25 @@ def candidates_of(snapshot: Snapshot, recipe_names: Iterable[str], dropped: Coun
     Of two examples that teach the same, the first recipe's stays. What is left out is counted in
     `dropped` by reason.
     """
+    recipes = load(recipe_names).values()
+    return usable(snapshot, (example for recipe in recipes for example in recipe(snapshot)), dropped)
+
+
+def usable(snapshot: Snapshot, examples: Iterable[Example], dropped: Counter[str]) -> list[Example]:
+    """Those of the examples that may be trained on, by the same checks as for the recipes' own."""
     kept: dict[str, Example] = {}
     reasons: dict[str, str | None] = {}
-    for recipe in load(recipe_names).values():
-        for example in recipe(snapshot):
-            reason = _flaw(snapshot, example)
-            if reason is None:
-                if example.task_id not in reasons:
-                    reasons[example.task_id] = snapshot.held_out_reason(snapshot.tasks[example.task_id])
-                reason = reasons[example.task_id]
-            if reason is None:
-                duplicate = kept.setdefault(_lesson(example), example) is not example
-                reason = "duplicate" if duplicate else None
-            if reason is not None:
-                dropped[reason] += 1
+    for example in examples:
+        reason = _flaw(snapshot, example)
+        if reason is None:
+            if example.task_id not in reasons:
+                reasons[example.task_id] = snapshot.held_out_reason(snapshot.tasks[example.task_id])
+            reason = reasons[example.task_id]
+        if reason is None:
+            duplicate = kept.setdefault(_lesson(example), example) is not example
+            reason = "duplicate" if duplicate else None
+        if reason is not None:
+            dropped[reason] += 1
     return list(kept.values())
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from distill.candidates import candidates_of
+from distill.candidates import candidates_of, usable
 from distill.layout import Compose, Layout
 from distill.snapshot import Snapshot
 from memory.errors import ConflictError, NotEnoughExperienceError, TrainingError, boundary
@@ -106,9 +106,32 @@ def build(
     When two examples teach the same, the first recipe's stays. Raises ConfigError for an unknown recipe
     and NotEnoughExperienceError below `min_examples`.
     """
-    config = config or DatasetConfig()
     dropped: Counter[str] = Counter()
     candidates = candidates_of(snapshot, recipe_names, dropped)
+    return _laid_out(snapshot, candidates, dropped, recaller, compose, config or DatasetConfig())
+
+
+def build_uploaded(
+    snapshot: Snapshot,
+    examples: Iterable[Example],
+    recaller: Recaller,
+    compose: Compose,
+    config: DatasetConfig | None = None,
+) -> Dataset:
+    """`build` over given examples (an uploaded file's) instead of recipes; `snapshot.tasks` holds their tasks."""
+    dropped: Counter[str] = Counter()
+    candidates = usable(snapshot, examples, dropped)
+    return _laid_out(snapshot, candidates, dropped, recaller, compose, config or DatasetConfig())
+
+
+def _laid_out(
+    snapshot: Snapshot,
+    candidates: list[Example],
+    dropped: Counter[str],
+    recaller: Recaller,
+    compose: Compose,
+    config: DatasetConfig,
+) -> Dataset:
     chosen = _capped(snapshot, config, candidates, dropped)
     if len(chosen) < config.min_examples:
         why = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items())) or "none left out"
