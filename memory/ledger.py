@@ -13,10 +13,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import Connection, func, select
 
 from memory import items, nights, rows
 from memory.database import Database
+from memory.errors import ConflictError
 from memory.items import Candidate, ItemText, OutboxRow
 from memory.night_records import Evaluation, Generation, GenerationStatus, Night, NightStatus, Promotion, StageRun
 from memory.records import (
@@ -63,10 +64,8 @@ class Ledger:
 
     def add_task(self, task: Task) -> None:
         """Add a task."""
-        columns = {"tenant": task.tenant}
         with self._database.writing() as connection:
-            columns["fingerprint"] = task.fingerprint
-            rows.add(connection, tasks_table, task, "task", {"id": task.id}, **columns)
+            insert_task(connection, task)
 
     def get_task(self, task_id: str, *, tenant: str | None = None) -> Task:
         """The task; with `tenant`, another tenant's is not found."""
@@ -84,11 +83,13 @@ class Ledger:
 
     def add_trajectory(self, trajectory: Trajectory) -> None:
         """Add a run; its task must be in the ledger, under the same tenant."""
-        columns = trajectory.model_dump(include={"task_id", "tenant", "workload", "purpose"})
-        columns["conversation"] = trajectory.conversation_id
         with self._database.writing() as connection:
-            rows.require(connection, tasks_table, "task", _owned(trajectory.task_id, trajectory.tenant))
-            rows.add(connection, trajectories_table, trajectory, "trajectory", {"id": trajectory.id}, **columns)
+            insert_trajectory(connection, trajectory)
+
+    def add_run(self, task: Task, trajectory: Trajectory) -> None:
+        """Add a run with its task, in one transaction (see `insert_run`)."""
+        with self._database.writing() as connection:
+            insert_run(connection, task, trajectory)
 
     def get_trajectory(self, trajectory_id: str, *, tenant: str | None = None) -> Trajectory:
         """The run; with `tenant`, another tenant's is not found."""
@@ -361,6 +362,31 @@ class Ledger:
         """Evaluations, oldest first; None = no such filter."""
         with self._database.reading() as connection:
             return nights.find_evaluations(connection, night_id, generation, suite_hash)
+
+
+def insert_run(connection: Connection, task: Task, trajectory: Trajectory) -> None:
+    """A run with its task, which may be there already; `ConflictError` when its id stands for another task."""
+    try:
+        insert_task(connection, task)
+    except ConflictError:
+        known = rows.find(connection, tasks_table, Task, "task", {"id": task.id})
+        if known != task.model_copy(update={"source": known.source, "created_at": known.created_at}):
+            raise
+    insert_trajectory(connection, trajectory)
+
+
+def insert_task(connection: Connection, task: Task) -> None:
+    """A task, within the caller's transaction."""
+    columns = {"tenant": task.tenant, "fingerprint": task.fingerprint}
+    rows.add(connection, tasks_table, task, "task", {"id": task.id}, **columns)
+
+
+def insert_trajectory(connection: Connection, trajectory: Trajectory) -> None:
+    """A run whose task is in the ledger, within the caller's transaction."""
+    columns = trajectory.model_dump(include={"task_id", "tenant", "workload", "purpose"})
+    columns["conversation"] = trajectory.conversation_id
+    rows.require(connection, tasks_table, "task", _owned(trajectory.task_id, trajectory.tenant))
+    rows.add(connection, trajectories_table, trajectory, "trajectory", {"id": trajectory.id}, **columns)
 
 
 def _owned(record_id: str, tenant: str | None) -> rows.Key:

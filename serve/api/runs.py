@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,7 +21,7 @@ from serve import promotion
 from serve.api import openai_types as oai
 from serve.api.errors import BusyError
 from serve.settings import ServerConfig
-from serve.wiring import Services, keep_task
+from serve.wiring import Services
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,9 @@ class Watched:
 
 RunEvent = TextDelta | ToolCallDelta | Watched | Trajectory
 """What a run says while it goes on; the trajectory comes last, when it is in the ledger."""
+
+Keep = Callable[[Task, Trajectory], Awaitable[None]]
+"""Commits a run; returns once it is in the ledger."""
 
 
 class Turnstile:
@@ -84,10 +87,12 @@ async def answer(
     request: oai.ChatCompletionRequest,
     run_id: str,
     resumable: bool,
+    keep: Keep | None = None,
 ) -> Trajectory:
     """Run the task on the asked-for generation and commit task and trajectory to the ledger.
 
     `resumable`: a run that is killed goes on at its last step when it is asked for again with the same id.
+    `keep` commits in the caller's way instead (a batch commits several runs with their lines at once).
     A run that ended in an error of the engine or the request raises it; the ledger then has nothing of it.
     """
     with_agent, generation = promotion.resolve(services.ledger, request.model)
@@ -110,7 +115,10 @@ async def answer(
         # Nothing was acknowledged, and a retry with the same key must run again: only the log keeps it.
         kind = getattr(our_errors, trajectory.error_type or "", our_errors.ModelError)
         raise kind(trajectory.error)
-    await asyncio.to_thread(_commit, services, asked, trajectory)
+    if keep is not None:
+        await keep(asked, trajectory)
+    else:
+        await asyncio.to_thread(services.ledger.add_run, asked, trajectory)
     return trajectory
 
 
@@ -132,11 +140,6 @@ async def run_events(
 def _sampling(request: oai.ChatCompletionRequest, with_agent: bool, services: Services) -> dict[str, Any]:
     plain_default = {} if with_agent else {"max_tokens": services.settings.agent.max_run_tokens // 8}
     return plain_default | request.sampling
-
-
-def _commit(services: Services, task: Task, trajectory: Trajectory) -> None:
-    keep_task(services.ledger, task)
-    services.ledger.add_trajectory(trajectory)
 
 
 def stored_run(services: Services, run_id: str, task: Task) -> Trajectory | None:
