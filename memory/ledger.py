@@ -10,6 +10,8 @@ a database that cannot answer raises `LedgerError`. Calls may come from any thre
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -19,6 +21,7 @@ from memory import items, nights, rows
 from memory.database import Database
 from memory.errors import ConflictError
 from memory.items import Candidate, ItemText, OutboxRow
+from memory.journal import Journal
 from memory.night_records import Evaluation, Generation, GenerationStatus, Night, NightStatus, Promotion, StageRun
 from memory.records import (
     Example,
@@ -36,6 +39,9 @@ from memory.schema import feedback as feedback_table
 from memory.schema import tasks as tasks_table
 from memory.schema import trajectories as trajectories_table
 
+SERVING_S = 1.0
+"""How long another process's switch of the champion may go unseen."""
+
 __all__ = ["Candidate", "ItemText", "Ledger", "OutboxRow"]
 
 
@@ -44,6 +50,10 @@ class Ledger:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self._journal = Journal(database)
+        self._serving: tuple[float, Generation] | None = None
+        self._switches = 0
+        self._switching = threading.Lock()
 
     @classmethod
     def open(cls, url: str, *, wait_s: float = 15.0) -> Ledger:
@@ -59,7 +69,8 @@ class Ledger:
         return self._database
 
     def close(self) -> None:
-        """Give the database's connections back."""
+        """Finish the writes that were handed in, and give the database's connections back."""
+        self._journal.close()
         self._database.close()
 
     def add_task(self, task: Task) -> None:
@@ -90,6 +101,14 @@ class Ledger:
         """Add a run with its task, in one transaction (see `insert_run`)."""
         with self._database.writing() as connection:
             insert_run(connection, task, trajectory)
+
+    async def record(self, task: Task, trajectory: Trajectory) -> None:
+        """Add a finished run and its task, in one transaction with other runs that end now (`memory.journal`).
+
+        A task that was asked before, by another way or at another time, is the same task. Cancelling the
+        caller does not unwrite: the run may be in the ledger all the same.
+        """
+        await self._journal.record(task, trajectory)
 
     def get_trajectory(self, trajectory_id: str, *, tenant: str | None = None) -> Trajectory:
         """The run; with `tenant`, another tenant's is not found."""
@@ -281,12 +300,27 @@ class Ledger:
         another by now. Repeating the last promotion returns it.
         """
         with self._database.writing() as connection:
-            return nights.promote(connection, to_generation, why, by, expected_from)
+            promotion = nights.promote(connection, to_generation, why, by, expected_from)
+        with self._switching:
+            self._switches += 1
+            self._serving = None
+        return promotion
 
     def champion(self) -> Generation:
         """What is served; raises `NotFoundError` before the first start."""
         with self._database.reading() as connection:
             return nights.champion(connection)
+
+    def serving(self) -> Generation:
+        """`champion` for every request: remembered for a second, forgotten when this process switches."""
+        known, now = self._serving, time.monotonic()
+        if known is not None and now - known[0] < SERVING_S:
+            return known[1]
+        switches, champion = self._switches, self.champion()
+        with self._switching:
+            if switches == self._switches:  # else it is another by now, and the next request must not meet this one
+                self._serving = now, champion
+        return champion
 
     def promotions(self) -> list[Promotion]:
         """The log of what was served, oldest first."""
