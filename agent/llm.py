@@ -1,7 +1,8 @@
 """The one way to a model: `ChatModel`, LiteLLM behind it, and the scripted model of the tests.
 
-Owns retries (here and nowhere else) and the translation of LiteLLM's errors. Knows nothing of tools,
-memory or generations: it is handed the engine's model name and plain messages.
+Owns retries (here and nowhere else) and the kinds of errors. Knows nothing of tools, memory or
+generations: it is handed the engine's model name and plain messages. Our own engine is called by
+`agent.engine_client`, every other provider by LiteLLM.
 """
 
 from __future__ import annotations
@@ -10,14 +11,16 @@ import asyncio
 import os
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from memory.errors import ContextLengthError, ModelError, ModelUnavailableError
 from memory.records import Message
+
+T = TypeVar("T")
 
 WORTH_RETRYING = frozenset({408, 409, 425, 429})
 """The statuses between 400 and 499 that may pass; the others say that the request is wrong."""
@@ -56,6 +59,9 @@ class ChatReply:
     prompt_token_ids: list[int] | None = None
     token_ids: list[int] | None = None
     logprob: float | None = None
+    """Sum over the completion's tokens."""
+    logprobs: list[dict[str, Any]] | None = None
+    """OpenAI's entry for each token of the completion, where the sampling asked for them."""
     seconds: float = 0.0
 
 
@@ -93,7 +99,7 @@ class LiteLLMModel:
 
     async def complete(self, request: ChatRequest) -> ChatReply:
         started = time.monotonic()
-        response = await self._retrying(lambda: self._call(request, stream=False))
+        response = await retrying(self._config, lambda: self._call(request, stream=False), _translate)
         if not response.choices:
             raise ModelError("the engine's reply holds no choice; look into its log")
         choice = response.choices[0]
@@ -112,7 +118,7 @@ class LiteLLMModel:
 
     async def stream(self, request: ChatRequest) -> AsyncIterator[str | ChatReply]:
         started = time.monotonic()
-        chunks = await self._retrying(lambda: self._call(request, stream=True))
+        chunks = await retrying(self._config, lambda: self._call(request, stream=True), _translate)
         text, finish, usage = "", None, None
         try:
             async for chunk in chunks:
@@ -163,18 +169,32 @@ class LiteLLMModel:
             **arguments,
         )
 
-    async def _retrying(self, call: Callable[[], Any]) -> Any:
-        wait = self._config.backoff_s
-        for attempt in range(1, self._config.attempts + 1):
-            try:
-                return await call()
-            except Exception as exc:
-                error = _translate(exc)
-                if attempt == self._config.attempts or not isinstance(error, ModelUnavailableError):
-                    raise error from exc
-                await asyncio.sleep(wait)
-                wait = min(wait * 2, 30.0)
-        raise AssertionError("unreachable")
+
+async def retrying(
+    config: LLMConfig, call: Callable[[], Awaitable[T]], translate: Callable[[Exception], ModelError]
+) -> T:
+    """What `call` returns, tried again while the model is away or too busy; its last error, translated."""
+    wait = config.backoff_s
+    for attempt in range(1, config.attempts + 1):
+        try:
+            return await call()
+        except Exception as exc:
+            error = translate(exc)
+            if attempt == config.attempts or not isinstance(error, ModelUnavailableError):
+                raise error from exc
+            await asyncio.sleep(wait)
+            wait = min(wait * 2, 30.0)
+    raise AssertionError("unreachable")
+
+
+def failure(status: int | None, said: str) -> ModelError:
+    """A failed call as our error: a wrong request, or (also without a status) a model that is away or too busy."""
+    message = said.split("\n")[0][:500]
+    if "maximum context length" in message:
+        return ContextLengthError(f"the prompt does not fit the model's context: {message}")
+    if status is not None and 400 <= status < 500 and status not in WORTH_RETRYING:
+        return ModelError(f"the model refused the call: {message}")
+    return ModelUnavailableError(f"the model cannot be reached: {message}")
 
 
 def _litellm() -> Any:
@@ -193,13 +213,10 @@ def _translate(exc: Exception) -> ModelError:
 
     if isinstance(exc, ModelError):
         return exc
-    message = str(exc).split("\n")[0][:500]
-    if isinstance(exc, exceptions.ContextWindowExceededError) or "maximum context length" in message:
-        return ContextLengthError(f"the prompt does not fit the model's context: {message}")
+    if isinstance(exc, exceptions.ContextWindowExceededError):
+        return ContextLengthError(f"the prompt does not fit the model's context: {str(exc).splitlines()[0][:500]}")
     status = getattr(exc, "status_code", None)
-    if isinstance(status, int) and 400 <= status < 500 and status not in WORTH_RETRYING:
-        return ModelError(f"the model refused the call: {message}")
-    return ModelUnavailableError(f"the model cannot be reached: {message}")
+    return failure(status if isinstance(status, int) else None, str(exc))
 
 
 def _extra(part: Any) -> dict[str, Any]:

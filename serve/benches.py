@@ -49,7 +49,7 @@ print(json.dumps({"seconds": seconds, "tokens": sum(len(tokenizer(text)["input_i
 def benches(settings: Settings) -> dict[str, Bench]:
     """The benchmarks by name."""
     return registry(
-        Bench("engine", "tokens/s through LiteLLM against direct calls to vLLM", lambda: lambda: engine(settings)),
+        Bench("engine", "tokens/s through our client against direct calls to vLLM", lambda: lambda: engine(settings)),
         Bench("train", "tokens/s of each training profile against a stock TRL script", lambda: lambda: train(settings)),
         Bench("swap", "seconds to load, prove, switch and unload an adapter", lambda: lambda: swap(settings)),
     )
@@ -79,7 +79,8 @@ def engine(settings: Settings) -> BenchResult:
 async def _bench_engine(settings: Settings, folder: Path) -> BenchResult:
     import httpx
 
-    from agent.llm import ChatRequest, LiteLLMModel
+    from agent.engine_client import EngineClient
+    from agent.llm import ChatRequest
     from serve import adapters
 
     prompts = [[{"role": "user", "content": f"Compute {i} + {i * 7}. Reply with one action."}] for i in range(CALLS)]
@@ -87,7 +88,7 @@ async def _bench_engine(settings: Settings, folder: Path) -> BenchResult:
     async with _engine(settings, folder) as (running, base), httpx.AsyncClient(timeout=600) as http:
         await asyncio.to_thread(_random_adapter, settings, base, folder / "adapter", 1)
         await adapters.load(running, "adapter", folder / "adapter")
-        seam = LiteLLMModel(running, settings.llm)
+        seam = EngineClient(running, settings.llm)
 
         async def direct(messages: list[dict[str, Any]], model: str = "base") -> int:
             body = {"model": model, "messages": messages, **sampling, "structured_outputs": {"regex": ACTION}}

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from agent.llm import ChatModel, LiteLLMModel
+from agent.engine_client import EngineClient
+from agent.llm import ChatModel
 from agent.state import AgentDeps
 from memory.embed import load_embedder
 from memory.errors import ConfigError, ConflictError, LedgerError, boundary
@@ -87,7 +88,8 @@ async def build(settings: Settings, on_event: Callable[[str], None] = lambda _: 
         await engine.start()
         stack.push_async_callback(engine.stop)
         checkpointer = await stack.enter_async_context(_checkpointer(settings.data_dir / "checkpoints.sqlite"))
-        llm = LiteLLMModel(engine, settings.llm)
+        llm = EngineClient(engine, settings.llm)
+        stack.push_async_callback(llm.close)
         deps = AgentDeps(llm=llm, recaller=memory, config=settings.agent, checkpointer=checkpointer)
         yield Services(settings, ledger, index, memory, engine, residency, llm, deps, asyncio.get_running_loop(), base)
 

@@ -65,6 +65,8 @@ class FakeEngine:
     requests: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
     asked_ready: int = 0
+    peers: list[str] = field(default_factory=list)
+    """The client's address of each request: one per connection."""
 
     def __enter__(self) -> FakeEngine:
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
@@ -101,6 +103,7 @@ def _handler(engine: FakeEngine) -> type[BaseHTTPRequestHandler]:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             turn = min(len(engine.requests), len(engine.script) - 1)
             engine.requests.append(body)
+            engine.peers.append(str(self.client_address))
             engine.headers.append({name.lower(): value for name, value in self.headers.items()})
             answer = engine.script[turn]
             if isinstance(answer, Refuses):
@@ -137,8 +140,12 @@ def _handler(engine: FakeEngine) -> type[BaseHTTPRequestHandler]:
     return Handler
 
 
+def _token(logprob: float) -> dict[str, Any]:
+    return {"token": "t", "logprob": logprob, "bytes": None, "top_logprobs": []}
+
+
 def _completion(says: Says, model: str) -> dict[str, Any]:
-    tokens = [{"token": "t", "logprob": p, "bytes": None, "top_logprobs": []} for p in says.logprobs]
+    tokens = [_token(p) for p in says.logprobs]
     choice = {
         "index": 0,
         "message": {"role": "assistant", "content": "".join(says.pieces)},
@@ -163,10 +170,22 @@ def _events(says: Says, body: dict[str, Any]) -> list[dict[str, Any] | str]:
     def event(delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
         return {**common, "choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}]}
 
-    events: list[dict[str, Any] | str] = [event({"role": "assistant", "content": ""})]
+    with_ids = bool(body.get("return_token_ids"))
+    first = event({"role": "assistant", "content": ""})
+    events: list[dict[str, Any] | str] = [
+        {**first, "prompt_token_ids": list(says.prompt_token_ids)} if with_ids else first
+    ]
     last = len(says.pieces) - 1
     for i, piece in enumerate(says.pieces):
-        events.append(event({"content": piece}, says.finish if says.finish_with_text and i == last else None))
+        part = event({"content": piece}, says.finish if says.finish_with_text and i == last else None)
+        # The engine's pieces are tokens; a test may give fewer or more ids than pieces.
+        share = list(says.token_ids[i:] if i == last else says.token_ids[i : i + 1])
+        tokens = says.logprobs[i:] if i == last else says.logprobs[i : i + 1]
+        if with_ids:
+            part["choices"][0]["token_ids"] = share
+        if body.get("logprobs"):
+            part["choices"][0]["logprobs"] = {"content": [_token(p) for p in tokens]}
+        events.append(part)
     if says.in_band_error is not None:
         error = {"message": says.in_band_error, "type": "InternalServerError", "param": None, "code": 500}
         events.append({"error": error})

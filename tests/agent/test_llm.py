@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from agent.engine_client import EngineClient
 from agent.llm import ChatModel, ChatReply, ChatRequest, LiteLLMModel, LLMConfig, ScriptedModel
 from memory.errors import ContextLengthError, EngineError, ModelError, ModelUnavailableError
 from tests.agent.fake_engine import CONTEXT_LENGTH, FakeEngine, Refuses, Says
@@ -23,8 +24,13 @@ REQUEST = ChatRequest(
 PATIENCE = LLMConfig(timeout_s=20, attempts=3, backoff_s=0)
 
 
-def model_at(engine: FakeEngine, **config: Any) -> LiteLLMModel:
-    return LiteLLMModel(engine, PATIENCE.model_copy(update=config))
+At = Callable[[FakeEngine], ChatModel]
+
+
+@pytest.fixture(params=[LiteLLMModel, EngineClient])
+def model_at(request: pytest.FixtureRequest) -> At:
+    """Makes a model of either kind at an engine."""
+    return lambda engine: request.param(engine, PATIENCE)
 
 
 def complete(model: ChatModel, request: ChatRequest = REQUEST) -> ChatReply:
@@ -42,7 +48,7 @@ async def read(model: ChatModel, request: ChatRequest, got: list[str | ChatReply
     return got
 
 
-@pytest.fixture(params=["scripted", "litellm"])
+@pytest.fixture(params=["scripted", LiteLLMModel, EngineClient])
 def talker(request: pytest.FixtureRequest) -> Iterator[Callable[..., ChatModel]]:
     """Makes a model of either kind that says a text, or fails with a ModelError."""
     with ExitStack() as stack:
@@ -51,7 +57,7 @@ def talker(request: pytest.FixtureRequest) -> Iterator[Callable[..., ChatModel]]
             if request.param == "scripted":
                 return ScriptedModel([ModelError("no") if text is None else text])
             says = Refuses(400) if text is None else Says(pieces=[word + " " for word in text.split()] or [text])
-            return model_at(stack.enter_context(FakeEngine([says])))
+            return request.param(stack.enter_context(FakeEngine([says])), PATIENCE)
 
         yield make
 
@@ -92,7 +98,7 @@ def test_the_scripted_model_answers_by_a_function_and_remembers_what_it_was_aske
     assert model.requests == [REQUEST]
 
 
-def test_token_ids_and_log_probability_come_through() -> None:
+def test_token_ids_and_log_probability_come_through(model_at: At) -> None:
     with FakeEngine([Says(prompt_token_ids=(1, 2, 3), token_ids=(4, 5), logprobs=(-0.5, -0.25))]) as engine:
         reply = complete(model_at(engine))
     assert (reply.prompt_token_ids, reply.token_ids) == ([1, 2, 3], [4, 5])
@@ -100,13 +106,13 @@ def test_token_ids_and_log_probability_come_through() -> None:
     assert (reply.prompt_tokens, reply.completion_tokens) == (3, 2)
 
 
-def test_without_log_probabilities_there_is_none_instead_of_zero() -> None:
+def test_without_log_probabilities_there_is_none_instead_of_zero(model_at: At) -> None:
     with FakeEngine([Says(logprobs=())]) as engine:
         assert complete(model_at(engine)).logprob is None
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_the_engine_gets_every_field_at_the_top_of_the_body(stream: bool) -> None:
+def test_the_engine_gets_every_field_at_the_top_of_the_body(model_at: At, stream: bool) -> None:
     with FakeEngine() as engine:
         (streamed if stream else complete)(model_at(engine))
     (body,) = engine.requests
@@ -122,7 +128,7 @@ def test_the_engine_gets_every_field_at_the_top_of_the_body(stream: bool) -> Non
     assert engine.headers[0]["authorization"] == "Bearer secret-key"
 
 
-def test_an_unconstrained_call_names_no_grammar_and_no_salt() -> None:
+def test_an_unconstrained_call_names_no_grammar_and_no_salt(model_at: At) -> None:
     with FakeEngine() as engine:
         complete(model_at(engine), ChatRequest(model="base", messages=REQUEST.messages))
     assert not {"structured_outputs", "cache_salt"} & set(engine.requests[0])
@@ -130,7 +136,7 @@ def test_an_unconstrained_call_names_no_grammar_and_no_salt() -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("status", [408, 429, 500, 503])
-def test_a_failing_engine_is_tried_again_until_it_answers(status: int, stream: bool) -> None:
+def test_a_failing_engine_is_tried_again_until_it_answers(model_at: At, status: int, stream: bool) -> None:
     with FakeEngine([Refuses(status), Refuses(status), Says(["back"])]) as engine:
         reply = streamed(model_at(engine))[-1] if stream else complete(model_at(engine))
     assert isinstance(reply, ChatReply)
@@ -139,7 +145,7 @@ def test_a_failing_engine_is_tried_again_until_it_answers(status: int, stream: b
 
 
 @pytest.mark.parametrize("call", [complete, streamed])
-def test_an_engine_that_keeps_failing_is_unavailable_after_the_last_try(call: Callable[..., Any]) -> None:
+def test_an_engine_that_keeps_failing_is_unavailable_after_the_last_try(model_at: At, call: Callable[..., Any]) -> None:
     with FakeEngine([Refuses(500)]) as engine, pytest.raises(ModelUnavailableError) as caught:
         call(model_at(engine))
     assert len(engine.requests) == 3
@@ -147,7 +153,7 @@ def test_an_engine_that_keeps_failing_is_unavailable_after_the_last_try(call: Ca
 
 
 @pytest.mark.parametrize("call", [complete, streamed])
-def test_a_refused_connection_is_tried_again_then_unavailable(call: Callable[..., Any]) -> None:
+def test_a_refused_connection_is_tried_again_then_unavailable(model_at: At, call: Callable[..., Any]) -> None:
     with FakeEngine() as engine:
         pass
     with pytest.raises(ModelUnavailableError):
@@ -155,7 +161,7 @@ def test_a_refused_connection_is_tried_again_then_unavailable(call: Callable[...
     assert engine.asked_ready == 3
 
 
-def test_an_engine_that_does_not_get_ready_is_unavailable() -> None:
+def test_an_engine_that_does_not_get_ready_is_unavailable(model_at: At) -> None:
     class Dead(FakeEngine):
         async def wait_ready(self, timeout: float) -> None:
             self.asked_ready += 1
@@ -169,7 +175,7 @@ def test_an_engine_that_does_not_get_ready_is_unavailable() -> None:
 
 @pytest.mark.parametrize("call", [complete, streamed])
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 413, 422])
-def test_a_wrong_request_is_not_tried_again(status: int, call: Callable[..., Any]) -> None:
+def test_a_wrong_request_is_not_tried_again(model_at: At, status: int, call: Callable[..., Any]) -> None:
     with (
         FakeEngine([Refuses(status, "bad grammar")]) as engine,
         pytest.raises(ModelError, match="bad grammar") as caught,
@@ -180,7 +186,7 @@ def test_a_wrong_request_is_not_tried_again(status: int, call: Callable[..., Any
 
 
 @pytest.mark.parametrize("call", [complete, streamed])
-def test_a_prompt_that_is_too_long_is_named_as_such_and_not_tried_again(call: Callable[..., Any]) -> None:
+def test_a_prompt_that_is_too_long_is_named_as_such_and_not_tried_again(model_at: At, call: Callable[..., Any]) -> None:
     with FakeEngine([Refuses(400, CONTEXT_LENGTH)]) as engine, pytest.raises(ContextLengthError):
         call(model_at(engine))
     assert len(engine.requests) == 1
@@ -194,7 +200,7 @@ def test_a_prompt_that_is_too_long_is_named_as_such_and_not_tried_again(call: Ca
         {},
     ],
 )
-def test_a_reply_without_a_choice_is_an_error(body: dict[str, Any]) -> None:
+def test_a_reply_without_a_choice_is_an_error(model_at: At, body: dict[str, Any]) -> None:
     with FakeEngine([Refuses(200, body=body)]) as engine, pytest.raises(ModelError):
         complete(model_at(engine))
 
@@ -211,7 +217,7 @@ def test_a_reply_without_a_choice_is_an_error(body: dict[str, Any]) -> None:
         Says([], hang_up=True),
     ],
 )
-def test_a_stream_that_breaks_off_raises_and_never_ends_as_a_success(broken: Says) -> None:
+def test_a_stream_that_breaks_off_raises_and_never_ends_as_a_success(model_at: At, broken: Says) -> None:
     got: list[str | ChatReply] = []
     with FakeEngine([broken]) as engine, pytest.raises(ModelError):
         asyncio.run(read(model_at(engine), REQUEST, got))
@@ -220,7 +226,7 @@ def test_a_stream_that_breaks_off_raises_and_never_ends_as_a_success(broken: Say
 
 @pytest.mark.parametrize("finish", ["stop", "length"])
 @pytest.mark.parametrize("with_text", [False, True])
-def test_a_stream_ends_with_the_engines_own_usage_and_finish_reason(finish: str, with_text: bool) -> None:
+def test_a_stream_ends_with_the_engines_own_usage_and_finish_reason(model_at: At, finish: str, with_text: bool) -> None:
     says = Says(
         ["hel", "lo"], finish=finish, finish_with_text=with_text, prompt_token_ids=range(70), token_ids=range(9)
     )
@@ -231,7 +237,7 @@ def test_a_stream_ends_with_the_engines_own_usage_and_finish_reason(finish: str,
     assert (last.prompt_tokens, last.completion_tokens) == (70, 9)
 
 
-def test_a_cancelled_call_is_cancelled_and_not_an_error() -> None:
+def test_a_cancelled_call_is_cancelled_and_not_an_error(model_at: At) -> None:
     class NeverReady(FakeEngine):
         async def wait_ready(self, timeout: float) -> None:
             await asyncio.Event().wait()
