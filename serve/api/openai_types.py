@@ -6,10 +6,12 @@ Ours is only the `nightschool` object, an extension that standard clients may ig
 
 from __future__ import annotations
 
+import json
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from memory.errors import ConfigError
 from memory.records import Message, StopReason, Task, Trajectory, VerifierSpec, new_id
 
 RESPONSE_PREFIX = "chatcmpl-"
@@ -91,9 +93,33 @@ def check_message(message: Message, where: str) -> None:
         raise ValueError(f"{where}: unsupported field {sorted(unknown)[0]!r}")
 
 
+def extension_in(given: Extension, metadata: dict[str, str] | None) -> Extension:
+    """What a client that can set nothing but `metadata` says of a task: `nightschool.reference`, `.verifier` (a
+    name, or {"name", "args"} as JSON) and `.workload`. What the `nightschool` object itself says goes first.
+    """
+    said = {key: (metadata or {}).get(f"nightschool.{key}") for key in ("reference", "verifier", "workload")}
+    update: dict[str, Any] = {k: v for k, v in said.items() if v is not None and k not in given.model_fields_set}
+    if not update:
+        return given
+    verifier = update.get("verifier", "")
+    if verifier and not verifier.lstrip().startswith("{"):
+        update["verifier"] = {"name": verifier}
+    elif verifier:
+        try:
+            update["verifier"] = json.loads(verifier)
+        except ValueError as exc:
+            raise ConfigError(f"metadata.nightschool.verifier: no JSON: {exc}") from exc
+    try:
+        return Extension.model_validate(given.model_dump(exclude_unset=True) | update)
+    except ValidationError as exc:
+        first = exc.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(f"metadata.nightschool.{where}: {first['msg']}") from exc
+
+
 def task_of(request: ChatCompletionRequest, tenant: str) -> Task:
-    """The request as a task."""
-    extension = request.nightschool
+    """The request as a task. ConfigError for a metadata key of ours that cannot be read."""
+    extension = extension_in(request.nightschool, request.metadata)
     return Task(
         id=extension.task_id or new_id("task"),
         tenant=tenant,
