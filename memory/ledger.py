@@ -19,9 +19,8 @@ from sqlalchemy import Connection, func, select
 
 from memory import items, nights, rows
 from memory.database import Database
-from memory.errors import ConflictError
 from memory.items import Candidate, ItemText, OutboxRow
-from memory.journal import Journal
+from memory.journal import Journal, add_runs
 from memory.night_records import Evaluation, Generation, GenerationStatus, Night, NightStatus, Promotion, StageRun
 from memory.records import (
     Example,
@@ -400,13 +399,9 @@ class Ledger:
 
 def insert_run(connection: Connection, task: Task, trajectory: Trajectory) -> None:
     """A run with its task, which may be there already; `ConflictError` when its id stands for another task."""
-    try:
-        insert_task(connection, task)
-    except ConflictError:
-        known = rows.find(connection, tasks_table, Task, "task", {"id": task.id})
-        if known != task.model_copy(update={"source": known.source, "created_at": known.created_at}):
-            raise
-    insert_trajectory(connection, trajectory)
+    [refused] = add_runs(connection, [(task, trajectory)])
+    if refused is not None:
+        raise refused
 
 
 def insert_task(connection: Connection, task: Task) -> None:
