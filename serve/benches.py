@@ -18,6 +18,7 @@ from typing import Any
 from evals.bench import Bench, BenchResult, registry, result
 from memory.night_records import Generation, GenerationStatus
 from memory.records import Example, ExampleKind
+from serve import benches_front
 from serve.settings import Settings
 
 ACTION = r"Action: (calc|finish)\([^\n]{1,60}\)"
@@ -51,6 +52,11 @@ def benches(settings: Settings) -> dict[str, Bench]:
     return registry(
         Bench("engine", "tokens/s through our client against direct calls to vLLM", lambda: lambda: engine(settings)),
         Bench("train", "tokens/s of each training profile against a stock TRL script", lambda: lambda: train(settings)),
+        Bench(
+            "gateway",
+            "latency added by the plain-model path, against LiteLLM's proxy",
+            lambda: lambda: benches_front.gateway(settings),
+        ),
         Bench("swap", "seconds to load, prove, switch and unload an adapter", lambda: lambda: swap(settings)),
     )
 
