@@ -56,6 +56,13 @@ def load_embedder(name: str, cache_dir: Path) -> Embedder:
     raise ConfigError(f"unknown embedder {name!r}: expected {known}")
 
 
+def count_tokens(embedder: Embedder, texts: list[str]) -> int:
+    """Tokens of the texts by the embedder's own tokenizer; words, for one that keeps its tokenizer to itself."""
+    if isinstance(embedder, WordLlamaEmbedder):
+        return embedder.tokens(texts)
+    return sum(len(text.split()) for text in texts)
+
+
 class WordLlamaEmbedder:
     """Mean of static token vectors (WordLlama), read from the installed wheel: no network, no torch."""
 
@@ -72,6 +79,11 @@ class WordLlamaEmbedder:
     def dimensions(self) -> int:
         """256 for the wheel's weights."""
         return int(self._vectors.shape[1])
+
+    def tokens(self, texts: list[str]) -> int:
+        """Tokens that `embed` would read."""
+        encodings = self._tokenizer.encode_batch([text[:MAX_CHARS] for text in texts], add_special_tokens=False)
+        return sum(len(encoding.ids) for encoding in encodings)
 
     def embed(self, texts: list[str]) -> list[list[float]]:
         """About 0.2 ms a text."""

@@ -23,6 +23,10 @@ class NotFoundError(NightschoolError):
     """The record that was asked for is not in the ledger."""
 
 
+class UnknownModelError(NotFoundError):
+    """No model of the name that was asked for is served."""
+
+
 class ConflictError(NightschoolError):
     """The act contradicts what the ledger already holds (a used id, an illegal transition)."""
 

@@ -7,9 +7,10 @@ starts and holds it (`Residency.using`) until it ends, so a switch drops nothing
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 
 from agent.state import ModelRef
-from memory.errors import ConflictError, NotFoundError
+from memory.errors import ConflictError, NotFoundError, UnknownModelError
 from memory.ledger import Ledger
 from memory.night_records import Generation, GenerationStatus, Promotion
 from serve.adapters import Residency
@@ -28,16 +29,16 @@ def ensure_base(ledger: Ledger, base_model: str) -> None:
 def resolve(ledger: Ledger, model: str) -> tuple[bool, Generation]:
     """(with the agent?, generation) of a model name: nightschool[:gen-N], champion, gen-N.
 
-    NotFoundError for any other name, with the ones there are.
+    UnknownModelError for any other name, with the ones there are.
     """
     name, _, suffix = model.partition(":")
     if model in (AGENT_MODEL, CHAMPION_MODEL):
         return model == AGENT_MODEL, ledger.champion()
     found = _GENERATION.fullmatch(suffix if name == AGENT_MODEL else model)
     if found is not None:
-        generation = ledger.generation(int(found.group(1)))
-        return name == AGENT_MODEL, generation
-    raise NotFoundError(f"The model {model!r} does not exist; there are: {', '.join(model_names(ledger))}")
+        with suppress(NotFoundError):
+            return name == AGENT_MODEL, ledger.generation(int(found.group(1)))
+    raise UnknownModelError(f"The model {model!r} does not exist; there are: {', '.join(model_names(ledger))}")
 
 
 def model_names(ledger: Ledger) -> list[str]:

@@ -1,4 +1,4 @@
-"""`/v1/chat/completions` and `/v1/models`: a request is a task, its run a trajectory, written before the reply ends."""
+"""`/v1/chat/completions`: a request is a task, its run a trajectory, written before the reply ends."""
 
 from __future__ import annotations
 
@@ -93,31 +93,3 @@ async def _events(
         last = oai.chunk(run_id, created, body.model, None) | {"usage": oai.usage(trajectory)}
         yield f"data: {json.dumps(last)}\n\n"
     yield "data: [DONE]\n\n"
-
-
-def _model_object(services: Services, name: str) -> dict[str, Any]:
-    _, generation = promotion.resolve(services.ledger, name)
-    return {
-        "id": name,
-        "object": "model",
-        "created": int(generation.created_at.timestamp()),
-        "owned_by": "nightschool",
-        "nightschool": {
-            "generation": generation.number,
-            "served_by": generation.served_name,
-            "status": generation.status,
-            "base_model": generation.base_model,
-        },
-    }
-
-
-@router.get("/v1/models")
-async def list_models(request: Request) -> dict[str, Any]:
-    services: Services = request.app.state.services
-    names = promotion.model_names(services.ledger)
-    return {"object": "list", "data": [_model_object(services, name) for name in names]}
-
-
-@router.get("/v1/models/{name}")
-async def retrieve_model(name: str, request: Request) -> dict[str, Any]:
-    return _model_object(request.app.state.services, name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -20,6 +21,7 @@ from memory.errors import (
     NightschoolError,
     NotEnoughExperienceError,
     NotFoundError,
+    UnknownModelError,
     VerifierError,
 )
 
@@ -34,11 +36,26 @@ class BusyError(NightschoolError):
         self.retry_after = retry_after
 
 
+class FieldError(ConfigError):
+    """A request's field is unusable; `param` names it, `code` is OpenAI's where there is one."""
+
+    def __init__(self, message: str, param: str, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code
+
+
+class TooLargeError(NightschoolError):
+    """The request's body is larger than the service takes."""
+
+
 _STATUS: dict[type[NightschoolError], tuple[int, str, str | None]] = {
     BusyError: (429, "rate_limit_error", "server_busy"),
     ConfigError: (400, "invalid_request_error", None),
     VerifierError: (400, "invalid_request_error", "invalid_verifier"),
+    TooLargeError: (413, "invalid_request_error", "request_too_large"),
     NotFoundError: (404, "invalid_request_error", "not_found"),
+    UnknownModelError: (404, "invalid_request_error", "model_not_found"),
     ConflictError: (409, "invalid_request_error", "conflict"),
     NotEnoughExperienceError: (400, "invalid_request_error", "not_enough_experience"),
     ContextLengthError: (400, "invalid_request_error", "context_length_exceeded"),
@@ -58,8 +75,19 @@ def describe(error: NightschoolError) -> tuple[int, dict[str, Any]]:
     for kind in type(error).__mro__:
         if kind in _STATUS:
             status, name, code = _STATUS[kind]
-            return status, error_body(str(error), name, None, code)
+            param, own_code = getattr(error, "param", None), getattr(error, "code", None)
+            return status, error_body(str(error), name, param, own_code or code)
     return 500, error_body(str(error), "server_error")
+
+
+def invalid_body(errors: Sequence[Any]) -> dict[str, Any]:
+    """The first of Pydantic's errors as OpenAI's body, naming the field."""
+    first = errors[0]
+    param = ".".join(str(part) for part in first["loc"] if part != "body") or None
+    said = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        said = "this field is not supported"
+    return error_body(f"{param}: {said}" if param else said, "invalid_request_error", param)
 
 
 def install(app: FastAPI) -> None:
@@ -73,13 +101,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def _invalid(_request: Request, exc: RequestValidationError) -> JSONResponse:
-        first = exc.errors()[0]
-        param = ".".join(str(part) for part in first["loc"] if part != "body") or None
-        said = first["msg"].removeprefix("Value error, ")
-        if first["type"] == "extra_forbidden":
-            said = "this field is not supported"
-        message = f"{param}: {said}" if param else said
-        return JSONResponse(error_body(message, "invalid_request_error", param), 400)
+        return JSONResponse(invalid_body(exc.errors()), 400)
 
     @app.exception_handler(HTTPException)
     async def _http(_request: Request, exc: HTTPException) -> JSONResponse:
