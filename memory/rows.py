@@ -84,6 +84,31 @@ def read(connection: Connection, model: type[R], query: Select[Any]) -> list[R]:
     return [load(model, body) for body in connection.execute(query).scalars()]
 
 
+def page(
+    connection: Connection,
+    table: Table,
+    model: type[R],
+    key: Key,
+    *,
+    after: str | None,
+    limit: int,
+    newest_first: bool,
+) -> tuple[list[R], bool]:
+    """At most `limit` records whose columns equal `key`, from behind the id `after`, and whether more follow.
+
+    Raises `NotFoundError` when no such record has the id `after`.
+    """
+    query = select(table.c.body).where(*_equals(table, key))
+    if after is not None:
+        at = connection.execute(select(table.c.seq).where(*_equals(table, {**key, "id": after}))).scalar_one_or_none()
+        if at is None:
+            raise NotFoundError(f"after: there is no {after!r} in this list")
+        query = query.where(table.c.seq < at if newest_first else table.c.seq > at)
+    query = query.order_by(table.c.seq.desc() if newest_first else table.c.seq)
+    found = read(connection, model, query.limit(limit + 1))
+    return found[:limit], len(found) > limit
+
+
 def chunks(values: Iterable[str]) -> Iterator[list[str]]:
     """Distinct values in lists short enough for IN."""
     distinct = sorted(set(values))

@@ -46,7 +46,7 @@ def bind(host: str, port: int) -> socket.socket:
 async def _serve(settings: Settings, listener: socket.socket) -> None:
     import uvicorn
 
-    from serve import durable
+    from serve import batch_run, durable
     from serve.api.app import create_app
     from serve.night import NightSchool
     from serve.wiring import announce, build
@@ -57,6 +57,7 @@ async def _serve(settings: Settings, listener: socket.socket) -> None:
         nights = NightSchool(services)
         try:
             await asyncio.to_thread(nights.resume)
+            await asyncio.to_thread(batch_run.resume, services)
             config = uvicorn.Config(
                 create_app(services, nights),
                 lifespan="off",

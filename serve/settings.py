@@ -30,10 +30,22 @@ class ServerConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    host: str = Field(default="127.0.0.1", description="loopback only, until keys are switched on")
+    host: str = Field(default="127.0.0.1", description="any address with keys, loopback only without")
     port: int = Field(default=8000, ge=0, le=65535, description="0 picks a free port")
     max_concurrent: int = Field(default=32, ge=1, description="agent runs at once; further ones wait")
     max_waiting: int = Field(default=1024, ge=1, description="requests that may wait; further ones get 429")
+    keys: bool = Field(default=True, description="an API key with every request; false only on loopback")
+    idempotency_s: int = Field(default=86_400, ge=1, description="how long an Idempotency-Key stands for its reply")
+    max_body_mb: int = Field(default=32, ge=1, description="larger request bodies get 413")
+    max_upload_mb: int = Field(default=512, ge=1, description="the same for uploaded files")
+
+
+class BatchConfig(BaseModel):
+    """How batches are run."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    concurrency: int = Field(default=32, ge=1, description="lines run at once, of all batches, beside chat's")
 
 
 class NightConfig(BaseModel):
@@ -76,6 +88,9 @@ class Settings(BaseSettings):
 
     data_dir: Path = Field(default=Path("data"), description="everything Nightschool keeps")
     ledger_url: str | None = Field(default=None, description="SQLAlchemy URL; default: SQLite in data_dir")
+    durable_url: str | None = Field(
+        default=None, description="where DBOS keeps its workflows: a PostgreSQL URL; default: SQLite in data_dir"
+    )
     model: str = Field(default="HuggingFaceTB/SmolLM2-135M-Instruct", description="hub id or folder of the base model")
     embedder: str = Field(default="wordllama", description="wordllama | sentence-transformers:NAME | litellm:MODEL")
     server: ServerConfig = Field(default_factory=ServerConfig)
@@ -83,6 +98,7 @@ class Settings(BaseSettings):
     agent: AgentConfig = Field(default_factory=AgentConfig)
     llm: LLMConfig = Field(default_factory=LLMConfig)
     recall: RecallConfig = Field(default_factory=RecallConfig)
+    batch: BatchConfig = Field(default_factory=BatchConfig)
     night: NightConfig = Field(default_factory=NightConfig)
     dataset: DatasetConfig = Field(default_factory=DatasetConfig)
     # In the spike DPO after SFT lowered held-out success, so it is off until an ablation favours it.
@@ -105,6 +121,16 @@ class Settings(BaseSettings):
     def database_url(self) -> str:
         """The ledger's URL."""
         return self.ledger_url or f"sqlite:///{(self.data_dir / 'ledger.sqlite').resolve()}"
+
+    @property
+    def workflows_url(self) -> str:
+        """The URL of DBOS's database."""
+        return self.durable_url or f"sqlite:///{(self.data_dir / 'dbos.sqlite').resolve()}"
+
+    @property
+    def files_dir(self) -> Path:
+        """The bytes of uploaded and produced files."""
+        return (self.data_dir / "files").resolve()
 
     @property
     def adapters_dir(self) -> Path:

@@ -56,7 +56,11 @@ def _listed(given: Any) -> Any:
 @router.post("/v1/embeddings")
 async def embeddings(body: EmbeddingRequest, request: Request) -> dict[str, Any]:
     """One vector of length 1 for each text, in order."""
-    services: Services = request.app.state.services
+    return await embed(request.app.state.services, body)
+
+
+async def embed(services: Services, body: EmbeddingRequest) -> dict[str, Any]:
+    """The reply to an embeddings request, a batch's as well."""
     if body.model != EMBEDDER_MODEL:
         raise UnknownModelError(f"The model {body.model!r} makes no embeddings; {EMBEDDER_MODEL!r} does")
     return await asyncio.to_thread(_embedded, services, body)
