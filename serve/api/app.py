@@ -7,23 +7,43 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 
-from serve.api import chat, errors, feedback, jobs
+from serve.api import (
+    batches,
+    chat,
+    document,
+    embeddings,
+    errors,
+    feedback,
+    files,
+    fine_tuning,
+    generations,
+    keys,
+    middleware,
+    models,
+    responses,
+)
+from serve.api.auth import Keyring
 from serve.api.runs import Turnstile
 from serve.night import NightSchool
 from serve.wiring import Services
 
 
-def create_app(services: Services, nights: NightSchool) -> FastAPI:
-    """The app over running parts."""
+def create_app(services: Services, nights: NightSchool, operator_token: str | None = None) -> FastAPI:
+    """The app over running parts. Whoever sends `operator_token` as a key may do everything."""
     app = FastAPI(title="Nightschool", redoc_url=None)
     app.state.services = services
     app.state.nights = nights
     app.state.turnstile = Turnstile(services.settings.server)
+    app.state.gate = middleware.Gate()
+    database, config = services.ledger.database, services.settings.server
+    app.state.keyring = Keyring(database, operator_token, keys_on=config.keys)
     errors.install(app)
-    for router in (chat.router, feedback.router, jobs.router):
-        app.include_router(router)
+    middleware.install(app, app.state.gate, app.state.keyring, database, config)
+    for room in (chat, models, responses, embeddings, files, batches, feedback, fine_tuning, generations, keys):
+        app.include_router(room.router)
     app.get("/healthz")(healthz)
     app.get("/readyz")(readyz)
+    document.install(app)
     return app
 
 
@@ -32,15 +52,21 @@ async def healthz() -> dict[str, str]:
     return {"status": "ok"}
 
 
-async def readyz(request: Request) -> JSONResponse:
-    """Whether requests would be answered now, and why not."""
+def readyz(request: Request) -> JSONResponse:
+    """Whether requests would be answered now, and why not. A night or a swap slows them, it refuses none."""
     services: Services = request.app.state.services
     night = request.app.state.nights.running()
+    draining = request.app.state.gate.draining
+    ready = services.engine.status == "ready" and not draining
     state: dict[str, Any] = {
+        "status": "ready" if ready else "draining" if draining else "not ready",
         "engine": services.engine.status,
         "engine_name": services.engine.name,
         "champion": services.ledger.champion().number,
         "night": night.id if night else None,
+        "swapping": services.residency.swapping,
+        "draining": draining,
+        "requests": request.app.state.gate.inside,
+        "runs": request.app.state.turnstile.inside,
     }
-    ready = services.engine.status == "ready"
-    return JSONResponse({"status": "ready" if ready else "not ready", **state}, 200 if ready else 503)
+    return JSONResponse(state, 200 if ready else 503, headers=None if ready else {"Retry-After": "10"})

@@ -1,0 +1,321 @@
+"""The OpenAPI document: what FastAPI reads off the routes, completed by what it cannot know.
+
+Owns the shapes of successful replies (they are built as plain objects, so these models cost a request nothing;
+`tests/serve/test_schema.py` holds replies to them), the errors every route may answer, and the key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Generic, Literal, TypeVar
+
+from fastapi import FastAPI
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+T = TypeVar("T")
+REF = "#/components/schemas/{model}"
+EVENTS = {"text/event-stream": {"schema": {"type": "string"}}}
+
+ERRORS = {
+    400: "The request is malformed, or asks for what is not supported; `param` names the field.",
+    401: "No key, or one that is not valid.",
+    403: "The key may not be used for this.",
+    404: "There is no such model, object or route.",
+    409: "It contradicts what is stored: a used id or Idempotency-Key, an illegal change of state.",
+    413: "The body is larger than is accepted.",
+    429: "The key's limits are used up, or too much is waiting; `Retry-After` says when to come back.",
+    500: "A fault of the service; its log has the details.",
+    503: "The engine is not ready; `Retry-After` says when to come back.",
+}
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class Error(BaseModel):
+    """OpenAI's error body."""
+
+    error: ErrorDetail
+
+
+class Health(BaseModel):
+    """The process is alive."""
+
+    status: Literal["ok"]
+
+
+class Readiness(BaseModel):
+    """Whether requests would be answered now."""
+
+    status: Literal["ready", "not ready", "draining"]
+    engine: str
+    champion: int
+    night: str | None
+
+
+class Page(BaseModel, Generic[T]):
+    """A list with a cursor: go on with `after` = the last id."""
+
+    object: Literal["list"]
+    data: list[T]
+    has_more: bool
+
+
+class Plain(BaseModel, Generic[T]):
+    """A whole list."""
+
+    object: Literal["list"]
+    data: list[T]
+
+
+class Deleted(BaseModel):
+    """An object that is gone."""
+
+    id: str
+    object: str
+    deleted: Literal[True]
+
+
+class Usage(BaseModel):
+    """Tokens over all model calls of a run."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class Called(BaseModel):
+    """A function and its arguments as JSON."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(BaseModel):
+    """A call of a tool that the client runs."""
+
+    id: str
+    type: Literal["function"]
+    function: Called
+
+
+class ReplyMessage(BaseModel):
+    """What the assistant said."""
+
+    role: Literal["assistant"]
+    content: str | None
+    tool_calls: list[ToolCall] | None = None
+
+
+class Choice(BaseModel):
+    """The one answer."""
+
+    index: int
+    message: ReplyMessage
+    finish_reason: Literal["stop", "length", "tool_calls"]
+
+
+class ChatCompletion(BaseModel):
+    """OpenAI's `chat.completion`; ours under `nightschool`."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: Usage
+    nightschool: dict[str, Any]
+
+
+class ModelCard(BaseModel):
+    """OpenAI's `model`; the generation behind it under `nightschool`."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    nightschool: dict[str, Any]
+
+
+class Embedding(BaseModel):
+    """One vector, as numbers or as base64 of little-endian float32."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class Embeddings(BaseModel):
+    """Vectors in the order of the texts."""
+
+    object: Literal["list"]
+    model: str
+    data: list[Embedding]
+    usage: dict[str, int]
+
+
+class ResponseBody(BaseModel):
+    """OpenAI's `response`."""
+
+    id: str
+    object: Literal["response"]
+    created_at: int
+    status: Literal["completed", "incomplete", "failed", "in_progress"]
+    model: str
+    output: list[dict[str, Any]]
+    error: dict[str, Any] | None
+    incomplete_details: dict[str, Any] | None
+    metadata: dict[str, str]
+    previous_response_id: str | None
+    usage: dict[str, Any] | None
+
+
+class FileBody(BaseModel):
+    """OpenAI's `file`."""
+
+    id: str
+    object: Literal["file"]
+    bytes: int
+    created_at: int
+    filename: str
+    purpose: str
+    status: str
+
+
+class RequestCounts(BaseModel):
+    """A batch's lines."""
+
+    total: int
+    completed: int
+    failed: int
+
+
+class BatchBody(BaseModel):
+    """OpenAI's `batch`."""
+
+    id: str
+    object: Literal["batch"]
+    endpoint: str
+    input_file_id: str
+    completion_window: str
+    status: Literal[
+        "validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling", "cancelled"
+    ]
+    output_file_id: str | None = None
+    error_file_id: str | None = None
+    created_at: int
+    request_counts: RequestCounts | None = None
+
+
+class JobBody(BaseModel):
+    """OpenAI's `fine_tuning.job`: a night."""
+
+    id: str
+    object: Literal["fine_tuning.job"]
+    created_at: int
+    finished_at: int | None
+    model: str
+    fine_tuned_model: str | None
+    status: Literal["validating_files", "queued", "running", "succeeded", "failed", "cancelled"]
+    training_file: str
+    trained_tokens: int | None
+    error: dict[str, Any] | None
+    nightschool: dict[str, Any]
+
+
+class Item(BaseModel):
+    """An object of a list that has a kind of its own."""
+
+    object: str
+
+
+class Record(BaseModel):
+    """A stored record as it is."""
+
+    id: str
+
+
+REPLIES: dict[tuple[str, str], type[BaseModel]] = {
+    ("get", "/healthz"): Health,
+    ("get", "/readyz"): Readiness,
+    ("post", "/v1/chat/completions"): ChatCompletion,
+    ("get", "/v1/models"): Plain[ModelCard],
+    ("get", "/v1/models/{model}"): ModelCard,
+    ("post", "/v1/embeddings"): Embeddings,
+    ("post", "/v1/responses"): ResponseBody,
+    ("get", "/v1/responses/{response_id}"): ResponseBody,
+    ("delete", "/v1/responses/{response_id}"): Deleted,
+    ("get", "/v1/responses/{response_id}/input_items"): Page[dict[str, Any]],
+    ("post", "/v1/files"): FileBody,
+    ("get", "/v1/files"): Page[FileBody],
+    ("get", "/v1/files/{file_id}"): FileBody,
+    ("delete", "/v1/files/{file_id}"): Deleted,
+    ("post", "/v1/batches"): BatchBody,
+    ("get", "/v1/batches"): Page[BatchBody],
+    ("get", "/v1/batches/{batch_id}"): BatchBody,
+    ("post", "/v1/batches/{batch_id}/cancel"): BatchBody,
+    ("post", "/v1/fine_tuning/jobs"): JobBody,
+    ("get", "/v1/fine_tuning/jobs"): Page[JobBody],
+    ("get", "/v1/fine_tuning/jobs/{job_id}"): JobBody,
+    ("post", "/v1/fine_tuning/jobs/{job_id}/cancel"): JobBody,
+    ("get", "/v1/fine_tuning/jobs/{job_id}/events"): Page[Item],
+    ("get", "/v1/fine_tuning/jobs/{job_id}/checkpoints"): Page[Item],
+    ("get", "/v1/generations"): Plain[Item],
+    ("post", "/v1/feedback"): Record,
+}
+"""The body of a 200, where FastAPI's own reading says only "any JSON"."""
+
+STREAMS = {("post", "/v1/chat/completions"), ("post", "/v1/responses")}
+
+
+def install(app: FastAPI) -> None:
+    """Let the app serve the completed document."""
+    generate = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            app.openapi_schema = complete(generate())
+        return app.openapi_schema
+
+    app.openapi = openapi
+
+
+def complete(document: dict[str, Any]) -> dict[str, Any]:
+    """The document with replies, errors and the key; changed in place."""
+    components = document.setdefault("components", {})
+    schemas = components.setdefault("schemas", {})
+    models = {*REPLIES.values(), Error}
+    references, described = models_json_schema([(model, "serialization") for model in models], ref_template=REF)
+    schemas |= described.get("$defs", {})
+    reference = {model: schema for (model, _), schema in references.items()}
+    components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    refusal = {"application/json": {"schema": reference[Error]}}
+    for method, path, operation in _operations(document):
+        replies = operation["responses"]
+        replies.pop("422", None)  # a body that does not fit is a 400 in OpenAI's shape
+        if (method, path) in REPLIES:
+            replies["200"]["content"] = {"application/json": {"schema": reference[REPLIES[method, path]]}}
+        if (method, path) in STREAMS:
+            replies["200"]["content"] |= EVENTS
+        if path.startswith("/v1/"):
+            operation["security"] = [{"key": []}]
+            for status, meaning in ERRORS.items():
+                replies[str(status)] = {"description": meaning, "content": refusal}
+        elif path == "/readyz":
+            replies["503"] = {**replies["200"], "description": "Not ready, and why"}
+    for name in ("HTTPValidationError", "ValidationError"):
+        schemas.pop(name, None)
+    return document
+
+
+def _operations(document: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            yield method, path, operation
