@@ -6,9 +6,12 @@ examples alike: the trained prompt is the served prompt.
 
 from __future__ import annotations
 
-from agent.codec import SHORT_NAMES
+from typing import Any
+
+from agent.client_tools import fits, signature, tools_of
+from agent.codec import CLIENT, SHORT_NAMES
 from memory.recall import Recall
-from memory.records import RECALLED, Message, Task, text_of
+from memory.records import RECALLED, Message, PastRun, Task, text_of
 
 EXPERIENCE_OPEN = "<experience>"
 EXPERIENCE_CLOSE = "</experience>"
@@ -30,38 +33,50 @@ _USAGE: dict[str, tuple[str, str]] = {
 }
 
 
-def system_prompt(tools: list[str], recall: Recall | None) -> str | None:
+def system_prompt(
+    tools: list[str], recall: Recall | None, client_tools: list[dict[str, Any]] | None = None
+) -> str | None:
     """The system prompt for these tools with the recalled principles; None when there is nothing to say."""
     parts: list[str] = []
     if tools:
-        calls = "\nor\n".join(f"Action: {SHORT_NAMES[tool][0]}({_USAGE[tool][0]})" for tool in tools)
-        parts.append(_RULES.format(calls=calls) + "\n".join(_USAGE[tool][1] for tool in tools))
+        own, client = [name for name in tools if not name.startswith(CLIENT)], tools_of(client_tools or [])
+        calls = [f"Action: {SHORT_NAMES[tool][0]}({_USAGE[tool][0]})" for tool in own]
+        calls += [f"Action: {signature(tool)}" for tool in client]
+        usage = [_USAGE[tool][1] for tool in own]
+        usage += [f"{tool.name}: {tool.description}" for tool in client if tool.description]
+        parts.append((_RULES.format(calls="\nor\n".join(calls)) + "\n".join(usage)).rstrip("\n"))
     if recall and recall.principles:
         lines = [f"- ({p.kind.value}, score {p.score:.2f}) {p.text}" for p in recall.principles]
         parts.append("\n".join([EXPERIENCE_OPEN, *lines, EXPERIENCE_CLOSE]))
     return "\n\n".join(parts) or None
 
 
-def showable(recall: Recall, tools: list[str]) -> Recall:
+def showable(recall: Recall, tools: list[str], client_tools: list[dict[str, Any]] | None = None) -> Recall:
     """What of a recall fits this task: a past run that used a tool which is not offered now would mislead."""
-    runs = [run for run in recall.runs if _used(run.messages) <= set(tools)]
+    client = tools_of(client_tools or [])
+    runs = [
+        run
+        for run in recall.runs
+        if all(call["function"]["name"] in tools or any(fits(tool, call) for tool in client) for call in _calls(run))
+    ]
     shown = {run.id for run in runs} | {principle.id for principle in recall.principles}
     return Recall(items=[item for item in recall.items if item.id in shown], principles=recall.principles, runs=runs)
 
 
-def _used(messages: list[Message]) -> set[str]:
-    return {call["function"]["name"] for message in messages for call in message.get("tool_calls") or []}
+def _calls(run: PastRun) -> list[dict[str, Any]]:
+    return [call for message in run.messages for call in message.get("tool_calls") or []]
 
 
 def compose(task: Task, tools: list[str], recall: Recall | None) -> list[Message]:
     """Everything before the run's first assistant turn: system, recalled runs, the task's messages.
 
     Recalled runs are chat turns, each message marked `name="recalled"`; those whose tools are not offered
-    are left out (`showable`). A task's own system message stands after ours in the same system turn.
+    are left out (`showable`). `tools` names ours and the client's (`codec.offered`). A task's own system
+    message stands after ours in the same system turn.
     """
-    recall = showable(recall, tools) if recall else None
+    recall = showable(recall, tools, task.client_tools) if recall else None
     own_system = "\n\n".join(text_of(m) for m in task.messages if m["role"] in ("system", "developer"))
-    system = "\n\n".join(part for part in (system_prompt(tools, recall), own_system) if part)
+    system = "\n\n".join(part for part in (system_prompt(tools, recall, task.client_tools), own_system) if part)
     messages: list[Message] = [{"role": "system", "content": system}] if system else []
     for run in recall.runs if recall else []:
         messages += [{**message, "name": RECALLED} for message in run.messages]

@@ -7,8 +7,10 @@ import logging
 import time
 from typing import Any
 
+from agent.client_tools import tools_of
+from agent.codec import offered
 from agent.graph import build_graph
-from agent.state import AgentDeps, ModelRef, RunContext
+from agent.state import AgentDeps, ModelRef, RunContext, RunOptions
 from agent.tools import check_tools
 from agent.verify import judge_trajectory
 from memory.errors import NightschoolError, VerifierError
@@ -25,6 +27,7 @@ async def run_task(
     purpose: Purpose,
     sampling: dict[str, Any] | None = None,
     trajectory_id: str | None = None,
+    options: RunOptions | None = None,
 ) -> Trajectory:
     """Run one task on one generation.
 
@@ -37,7 +40,17 @@ async def run_task(
     tools = check_tools(deps.config.tools if task.tools is None else task.tools)
     sampling = {"temperature": deps.config.temperature, "max_tokens": deps.config.max_tokens, **(sampling or {})}
     run_id, started_at, started = trajectory_id or new_id("traj"), now(), time.monotonic()
-    context = RunContext(deps=deps, model=model, sampling=sampling, tools=tools)
+    options = options or RunOptions()
+    allowed = options.may_call
+    context = RunContext(
+        deps=deps,
+        model=model,
+        sampling=sampling,
+        tools=offered(tools, task.client_tools),
+        run_id=run_id,
+        client=tuple(tool for tool in tools_of(task.client_tools) if allowed is None or tool.name in allowed),
+        options=options,
+    )
     state, error = await _drive(task, context, run_id)
     stop = StopReason.ERROR if error else StopReason(state.get("stop_reason") or StopReason.ERROR)
     trajectory = Trajectory(
@@ -50,6 +63,10 @@ async def run_task(
         model=model.name,
         sampling=sampling,
         tools=tools,
+        client_tools=task.client_tools,
+        conversation_id=options.conversation_id,
+        continues=options.before.id if options.before else None,
+        inherited_steps=context.inherited,
         messages=state.get("messages") or task.messages,
         steps=[Step.model_validate(step) for step in state.get("steps") or []],
         recalled=[Recalled.model_validate(item) for item in state.get("recalled") or []],

@@ -10,9 +10,11 @@ from typing import Any, TypedDict
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from agent.client_tools import ClientTool
+from agent.events import Emit
 from agent.llm import ChatModel
 from memory.recall import NoMemory, Recaller
-from memory.records import Message
+from memory.records import Message, Trajectory
 
 
 class AgentConfig(BaseModel):
@@ -48,6 +50,25 @@ class AgentDeps:
 
 
 @dataclass(frozen=True)
+class RunOptions:
+    """What a served request may say beyond its task; evaluation leaves it all as it is."""
+
+    emit: Emit | None = None
+    """Called with the answer as it is generated, with calls of the client's tools, and with what to watch."""
+    before: Trajectory | None = None
+    """The run that ended in the client's tool calls which this task answers: it goes on where that one stopped."""
+    may_call: frozenset[str] | None = None
+    """The client's tools that may be called now; None = all of the task's."""
+    must_call: bool = False
+    """Only a call of a client's tool ends the run."""
+    accept_cut: bool = False
+    """An answer that ran out of tokens is given as far as it came, instead of asking the model again."""
+    cache_key: str | None = None
+    """Splits a tenant's prefix cache further."""
+    conversation_id: str | None = None
+
+
+@dataclass(frozen=True)
 class RunContext:
     """LangGraph's runtime context of one run."""
 
@@ -55,6 +76,16 @@ class RunContext:
     model: ModelRef
     sampling: dict[str, Any]
     tools: list[str]
+    """Ours and the client's, see `codec.offered`."""
+    run_id: str = "traj_0"
+    client: tuple[ClientTool, ...] = ()
+    """The client's tools that may be called now."""
+    options: RunOptions = field(default_factory=RunOptions)
+
+    @property
+    def inherited(self) -> int:
+        """Steps that the predecessor made."""
+        return len(self.options.before.steps) if self.options.before else 0
 
 
 class RunState(TypedDict):

@@ -89,6 +89,10 @@ class Task(Record):
     reference: str | None = None
     verifier: VerifierSpec | None = None
     source: str = "api"
+    user: str | None = None
+    """Who asked, as the client tells its own users apart (`user` or `safety_identifier`)."""
+    metadata: dict[str, str] = Field(default_factory=dict)
+    """What the client attached; never shown to the model."""
     created_at: datetime = Field(default_factory=now)
 
     @property
@@ -164,6 +168,8 @@ class Step(Record):
     """The engine's own ids for the completion: training must render to the same ones."""
     logprob: float | None = None
     """Sum of the completion's token log-probabilities."""
+    logprobs: list[dict[str, Any]] | None = None
+    """OpenAI's entry per token, when the client asked for them."""
     finish_reason: str | None = None
     seconds: float = 0.0
 
@@ -211,6 +217,8 @@ class Trajectory(Record):
     """The conversation it belongs to, when its client or its predecessor named one."""
     continues: str | None = None
     """The run that ended in a client's tool call and whose messages this one begins with."""
+    inherited_steps: int = 0
+    """How many of `steps`, the first ones, were made by the run that it continues."""
     messages: list[Message]
     steps: list[Step] = Field(default_factory=list)
     recalled: list[Recalled] = Field(default_factory=list)
