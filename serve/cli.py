@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 from memory.errors import ConfigError, NightschoolError
+from serve.cli_keys import app as keys_app
 
 app = typer.Typer(
     name="nightschool",
@@ -23,6 +24,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(keys_app, name="keys")
 out = Console()
 err = Console(stderr=True)
 
@@ -44,15 +46,20 @@ def _settings(context: typer.Context, **overrides: Any) -> Any:
 @app.command()
 def serve(
     context: typer.Context,
-    host: Annotated[str | None, typer.Option(help="loopback address to listen on")] = None,
+    host: Annotated[str | None, typer.Option(help="address to listen on; 0.0.0.0 for all")] = None,
     port: Annotated[int | None, typer.Option(help="0 picks a free one")] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="no API keys; on a loopback address only")] = False,
+    background: Annotated[bool, typer.Option("--background", hidden=True)] = False,
 ) -> None:
-    """Serve the OpenAI-compatible endpoint; starts and supervises the engine."""
+    """Serve the OpenAI-compatible endpoint; starts and supervises the engine. The first start prints an admin key."""
     from serve.server import serve_forever
 
     settings = _settings(context)
-    given = {k: v for k, v in {"host": host, "port": port}.items() if v is not None}
-    serve_forever(settings.model_copy(update={"server": settings.server.model_copy(update=given)}))
+    given = {"host": host, "port": port, "keys": False if insecure else None}
+    changed = {name: value for name, value in given.items() if value is not None}
+    settings = settings.model_copy(update={"server": settings.server.model_copy(update=changed)})
+    # A command that starts a service for itself keeps no eye on its output: a key printed there would be lost.
+    serve_forever(settings, print_first_key=not background)
 
 
 @app.command()
@@ -86,7 +93,8 @@ def feedback(
     over: Annotated[str | None, typer.Option(help="id of a worse response")] = None,
 ) -> None:
     """Score, correct or comment on a reply; the next night learns from what it can trust."""
-    from serve.api.feedback import OPERATOR, FeedbackRequest, store_feedback
+    from serve.api.auth import OPERATOR
+    from serve.api.feedback import FeedbackRequest, store_feedback
     from serve.commands import feedback_value
     from serve.wiring import open_ledger
 
@@ -94,11 +102,11 @@ def feedback(
     ledger = open_ledger(_settings(context))
     try:
         said = FeedbackRequest(
-            **{"response_id" if response.startswith("chatcmpl-") else "trajectory_id": response},
+            **{"response_id" if response.startswith(("chatcmpl-", "resp_")) else "trajectory_id": response},
             kind=kind,
             value=value,
         )
-        stored = store_feedback(ledger, said, author=OPERATOR)
+        stored = store_feedback(ledger, said, tenant=None, author=OPERATOR)
     finally:
         ledger.close()
     out.print(f"{stored.id}  {stored.kind}  {stored.trust} ({stored.trust_reason})")

@@ -22,9 +22,10 @@ from memory.responses import StoredResponse, add_response, delete_response, get_
 from serve import promotion
 from serve.api import openai_types as oai
 from serve.api import response_types as shapes
-from serve.api.auth import Scope, caller_of, requires
+from serve.api.auth import Caller, Scope, caller_of, requires
 from serve.api.chat import _unless_gone
 from serve.api.errors import FieldError, describe
+from serve.api.feedback import said_in_metadata
 from serve.api.response_types import Item, ResponseRequest
 from serve.api.runs import RunEvent, TextDelta, ToolCallDelta, answer, run_events, stored_run, trajectory_id
 from serve.wiring import Services
@@ -55,7 +56,7 @@ async def create_response(
 ) -> Any:
     """Answer, with or without events. Errors before the run are HTTP's, those of a streamed run are events."""
     services: Services = request.app.state.services
-    asked = await asyncio.to_thread(_asked, services, body, caller_of(request).tenant, idempotency_key)
+    asked = await asyncio.to_thread(_asked, services, body, caller_of(request), idempotency_key)
     task = oai.task_of(asked.chat, asked.tenant)
     check_tools(task.tools or [])
     check_verifier(task)
@@ -71,7 +72,8 @@ async def create_response(
     return JSONResponse(await asyncio.to_thread(_kept, services, asked, trajectory))
 
 
-def _asked(services: Services, body: ResponseRequest, tenant: str, key: str | None) -> _Asked:
+def _asked(services: Services, body: ResponseRequest, caller: Caller, key: str | None) -> _Asked:
+    tenant = caller.tenant
     promotion.resolve(services.ledger, body.model)
     run_id = trajectory_id(f"responses {key}" if key else None, tenant)
     response = shapes.response_object(body, run_id, int(time.time()))
@@ -86,6 +88,7 @@ def _asked(services: Services, body: ResponseRequest, tenant: str, key: str | No
         conversation = before.conversation_id
     shapes.check_calls(items)
     chat = shapes.chat_request(body, items)
+    said_in_metadata(services.ledger, body.metadata, caller)
     return _Asked(body, chat, tenant, shapes.with_ids(items), conversation, run_id, response)
 
 
