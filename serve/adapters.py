@@ -181,6 +181,11 @@ class Residency:
         """Names of the loaded adapters, most recently used first."""
         return sorted(self._slots, key=lambda name: -self._slots[name].used_at)
 
+    @property
+    def swapping(self) -> bool:
+        """An adapter is being loaded or unloaded now; requests for it wait."""
+        return self._changing.locked()
+
     def in_flight(self, generation: Generation) -> int:
         """Requests that use the generation now; 0 for the base model, which is never unloaded."""
         slot = self._slots.get(generation.served_name)

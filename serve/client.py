@@ -29,9 +29,11 @@ SERVER_LOG = "service.log"
 class Client:
     """The service's HTTP API with its errors as ours."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, token: str | None = None) -> None:
         self.url = url
-        self._http = httpx.Client(base_url=url, timeout=httpx.Timeout(600.0, connect=5.0))
+        self.token = token
+        headers = {"Authorization": f"Bearer {token}"} if token else None
+        self._http = httpx.Client(base_url=url, headers=headers, timeout=httpx.Timeout(600.0, connect=5.0))
 
     def call(self, method: str, path: str, **kwargs: Any) -> Any:
         """The reply's JSON. NightschoolError with the service's own message; EngineError when it is gone."""
@@ -70,8 +72,8 @@ def connect(settings: Settings, say: Callable[[str], None]) -> Iterator[Client]:
     info = running_service(settings.data_dir)
     process = None if info else _spawn(settings)
     try:
-        url = info["url"] if info else _url_of(process, settings, say)
-        client = Client(url)
+        info = info or _info_of(process, settings, say)
+        client = Client(info["url"], info.get("token"))
         try:
             _wait_ready(client, process, settings, say)
             yield client
@@ -85,16 +87,17 @@ def connect(settings: Settings, say: Callable[[str], None]) -> Iterator[Client]:
 def _spawn(settings: Settings) -> subprocess.Popen[bytes]:
     settings.data_dir.mkdir(parents=True, exist_ok=True)
     log = (settings.data_dir / SERVER_LOG).open("ab")
-    command = [sys.executable, "-m", "serve.cli", "--data-dir", str(settings.data_dir), "serve", "--port", "0"]
+    command = [sys.executable, "-m", "serve.cli", "--data-dir", str(settings.data_dir), "serve"]
+    command += ["--host", "127.0.0.1", "--port", "0", "--background"]
     return subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
 
 
-def _url_of(process: subprocess.Popen[bytes] | None, settings: Settings, say: Callable[[str], None]) -> str:
+def _info_of(process: subprocess.Popen[bytes] | None, settings: Settings, say: Callable[[str], None]) -> dict[str, Any]:
     say("starting the service")
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
         if (info := running_service(settings.data_dir)) is not None:
-            return info["url"]
+            return info
         _check_alive(process, settings)
         time.sleep(0.2)
     raise EngineError(f"the service did not start in {START_TIMEOUT_S:.0f} s; see {settings.data_dir / SERVER_LOG}")

@@ -5,45 +5,94 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import logging
+import secrets
 import signal
 import socket
+import time
+from types import FrameType
+from typing import Any
 
 from memory.errors import ConfigError
+from memory.keys import mint_first
+from memory.ledger import Ledger
+from serve.api.middleware import Gate
 from serve.settings import Settings
 
 BACKLOG = 2048
-DRAIN_S = 30
+DRAIN_S = 30.0
+CUT_S = 2
+"""What still runs after draining is cancelled this many seconds later."""
+
+FIRST_KEY = """
+The admin key of this service, shown this once (`nightschool keys create` makes others):
+
+    {}
+"""
 
 
-def serve_forever(settings: Settings) -> None:
-    """Serve until SIGINT or SIGTERM, then drain. NightschoolError when it cannot start."""
-    listener = bind(settings.server.host, settings.server.port)
+def serve_forever(settings: Settings, *, print_first_key: bool = True) -> None:
+    """Serve until SIGINT or SIGTERM, then drain. NightschoolError when it cannot start.
+
+    `print_first_key`: where there has never been a key, make one and print it.
+    """
+    listener = bind(settings.server.host, settings.server.port, keys=settings.server.keys)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     for noisy in ("httpx", "LiteLLM", "chromadb", "dbos", "alembic"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    asyncio.run(_serve(settings, listener))
+    asyncio.run(_serve(settings, listener, print_first_key))
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """A listening socket on a loopback address; ConfigError when the address is public or taken."""
+def bind(host: str, port: int, *, keys: bool = True) -> socket.socket:
+    """A listening socket; ConfigError when the address cannot be used, or is public while there are no keys."""
     try:
         loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         loopback = False
-    if not loopback:
-        raise ConfigError(f"host {host!r} is not a loopback address: this version has no keys yet, so it stays private")
-    listener = socket.socket()
+    if not keys and not loopback:
+        raise ConfigError(f"host {host!r} is not a loopback address: without keys (--insecure) a service stays private")
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
     except OSError as exc:
         listener.close()
-        raise ConfigError(f"port {port} on {host} cannot be used ({exc.strerror}); choose another with --port") from exc
+        said = f"port {port} on {host} cannot be used ({exc.strerror}); choose another with --port or --host"
+        raise ConfigError(said) from exc
     listener.listen(BACKLOG)
     return listener
 
 
-async def _serve(settings: Settings, listener: socket.socket) -> None:
+def local_url(listener: socket.socket) -> str:
+    """The URL under which this machine reaches the socket, also one that listens on all addresses."""
+    host, port = listener.getsockname()[:2]
+    address = ipaddress.ip_address(host)
+    if address.is_unspecified:
+        host = "127.0.0.1" if address.version == 4 else "::1"
+    return f"http://[{host}]:{port}" if address.version == 6 else f"http://{host}:{port}"
+
+
+def drain_first(server: Any, gate: Gate, loop: asyncio.AbstractEventLoop) -> None:
+    """On the first signal a Uvicorn server refuses new requests (503) and stops once the running ones have ended,
+    or after `DRAIN_S` seconds; on the second it stops at once."""
+    stop = server.handle_exit
+
+    async def drain(number: int) -> None:
+        deadline = time.monotonic() + DRAIN_S
+        while gate.inside and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+        stop(number, None)
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if gate.draining:
+            stop(number, frame)
+            return
+        gate.draining = True
+        asyncio.run_coroutine_threadsafe(drain(number), loop)
+
+    server.handle_exit = on_signal
+
+
+async def _serve(settings: Settings, listener: socket.socket, print_first_key: bool) -> None:
     import uvicorn
 
     from serve import batch_run, durable
@@ -58,20 +107,32 @@ async def _serve(settings: Settings, listener: socket.socket) -> None:
         try:
             await asyncio.to_thread(nights.resume)
             await asyncio.to_thread(batch_run.resume, services)
+            if settings.server.keys and print_first_key:
+                await asyncio.to_thread(_print_first_key, services.ledger)
+            token = secrets.token_urlsafe(32)
+            app = create_app(services, nights, token)
             config = uvicorn.Config(
-                create_app(services, nights),
+                app,
                 lifespan="off",
                 log_level="warning",
                 access_log=False,
-                timeout_graceful_shutdown=DRAIN_S,
+                timeout_graceful_shutdown=CUT_S,
             )
             # Uvicorn raises the signal that stopped it once more after draining; by default that would
             # end the process before the engine is stopped.
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, lambda *_: None)
-            host, port = listener.getsockname()[:2]
-            announce(settings.data_dir, f"http://{host}:{port}")
-            log.info("OpenAI-compatible endpoint on http://%s:%s/v1", host, port)
-            await uvicorn.Server(config).serve(sockets=[listener])
+            server = uvicorn.Server(config)
+            drain_first(server, app.state.gate, asyncio.get_running_loop())
+            url = local_url(listener)
+            announce(settings.data_dir, url, token)
+            log.info("OpenAI-compatible endpoint on %s/v1", url)
+            await server.serve(sockets=[listener])
         finally:
             await asyncio.to_thread(durable.shut_down)
+
+
+def _print_first_key(ledger: Ledger) -> None:
+    secret = mint_first(ledger.database)
+    if secret is not None:
+        print(FIRST_KEY.format(secret), flush=True)

@@ -124,15 +124,19 @@ def _own(data_dir: Path) -> Callable[[], None]:
     return release
 
 
-def announce(data_dir: Path, url: str) -> None:
-    """Tell other processes where this service listens."""
+def announce(data_dir: Path, url: str, token: str) -> None:
+    """Tell other processes of this user where the service listens, and the token that opens everything there."""
     temporary = data_dir / f"{INFO_FILE}.new"
-    temporary.write_text(json.dumps({"url": url, "pid": os.getpid()}))
+    temporary.unlink(missing_ok=True)
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(handle, "w") as file:
+        file.write(json.dumps({"url": url, "pid": os.getpid(), "token": token}))
     temporary.replace(data_dir / INFO_FILE)
 
 
 def running_service(data_dir: Path) -> dict[str, Any] | None:
-    """{"url", "pid"} of the service that owns the folder; None when there is none (a dead one's file is ignored)."""
+    """{"url", "pid", "token"} of the service that owns the folder; None when there is none (a dead one's file counts
+    for nothing)."""
     try:
         info = json.loads((data_dir / INFO_FILE).read_text())
         with (data_dir / LOCK_FILE).open("a+") as lock:

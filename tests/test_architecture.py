@@ -44,8 +44,9 @@ HEAVY = {
 RUN_BY_ALEMBIC = ROOT / "memory" / "migrations"
 """Scripts, not modules: Alembic executes them on its own connection."""
 
-REGISTRATIONS = {("memory/schema.py", "Index")}
-"""Calls that may stand alone at a module's top: SQLAlchemy attaches an index to its table that way."""
+REGISTRATIONS = {("memory/schema.py", "Index"), ("serve/cli.py", "app.add_typer")}
+"""Calls that may stand alone at a module's top: SQLAlchemy attaches an index to its table that way, Typer a group of
+commands to its parent."""
 
 FORBIDDEN_AT_IMPORT = (
     "print",

@@ -14,14 +14,16 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from agent.tools import check_tools
 from agent.verify import check_verifier
 from memory.errors import NightschoolError
-from memory.records import DEFAULT_TENANT, Trajectory
+from memory.records import Trajectory
 from serve import promotion
 from serve.api import openai_types as oai
+from serve.api.auth import Scope, caller_of, requires
 from serve.api.errors import describe
+from serve.api.feedback import said_in_metadata
 from serve.api.runs import Turnstile, answer, stored_run, trajectory_id
 from serve.wiring import Services
 
-router = APIRouter()
+router = APIRouter(dependencies=[requires(Scope.CHAT)])
 T = TypeVar("T")
 
 
@@ -33,11 +35,13 @@ async def chat_completions(
 ) -> Any:
     services: Services = request.app.state.services
     turnstile: Turnstile = request.app.state.turnstile
-    task = oai.task_of(body, DEFAULT_TENANT)
+    tenant = caller_of(request).tenant
+    task = oai.task_of(body, tenant)
     check_tools(task.tools or [])
     check_verifier(task)
     promotion.resolve(services.ledger, body.model)
-    run_id = trajectory_id(idempotency_key, DEFAULT_TENANT)
+    await asyncio.to_thread(said_in_metadata, services.ledger, body.metadata, caller_of(request))
+    run_id = trajectory_id(idempotency_key, tenant)
     stored = stored_run(services, run_id, task) if idempotency_key else None
     resumable = idempotency_key is not None
     work = _known(stored) if stored else answer(services, turnstile, task, body, run_id, resumable)

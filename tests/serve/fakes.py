@@ -20,7 +20,7 @@ from memory.ledger import Ledger
 from memory.night_records import Generation
 from memory.recall import Memory
 from serve import promotion
-from serve.settings import Settings
+from serve.settings import ServerConfig, Settings
 from serve.wiring import Services, announce, open_ledger
 
 
@@ -42,6 +42,7 @@ class FakeResidency:
     """Remembers what was loaded."""
 
     loaded: list[str] = field(default_factory=list)
+    swapping: bool = False
 
     async def ensure(self, generation: Generation) -> None:
         self.loaded.append(generation.served_name)
@@ -56,8 +57,9 @@ class FakeResidency:
 
 
 def settings_in(folder: Path, **overrides: Any) -> Settings:
-    """Settings over a temporary data folder."""
-    return Settings(data_dir=folder / "data", model="test/model", **overrides)
+    """Settings over a temporary data folder, without keys."""
+    given: dict[str, Any] = {"server": ServerConfig(keys=False), **overrides}
+    return Settings(data_dir=folder / "data", model="test/model", **given)
 
 
 @contextmanager
@@ -110,7 +112,7 @@ def running(settings: Settings, script: Callable[[ChatRequest], str | Exception]
     """The real app on a real port in a thread, nights included; yields its URL and parts."""
     import uvicorn
 
-    from serve import durable
+    from serve import batch_run, durable
     from serve.api.app import create_app
     from serve.night import NightSchool
     from serve.server import bind
@@ -125,6 +127,7 @@ def running(settings: Settings, script: Callable[[ChatRequest], str | Exception]
             await asyncio.to_thread(durable.launch, services)
             nights = NightSchool(services)
             await asyncio.to_thread(nights.resume)
+            await asyncio.to_thread(batch_run.resume, services)
             server = uvicorn.Server(uvicorn.Config(create_app(services, nights), lifespan="off", log_level="error"))
             server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
             held.update(server=server, services=services)

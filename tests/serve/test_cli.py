@@ -79,8 +79,9 @@ def test_a_port_in_use_is_said(tmp_path: Path) -> None:
         assert_refused(nightschool("serve", "--port", port, cwd=tmp_path), f"port {port}")
 
 
-def test_a_public_address_is_refused(tmp_path: Path) -> None:
-    assert_refused(nightschool("serve", "--host", "0.0.0.0", cwd=tmp_path), "loopback")
+def test_a_public_address_is_refused_without_keys(tmp_path: Path) -> None:
+    assert_refused(nightschool("serve", "--insecure", "--host", "0.0.0.0", cwd=tmp_path), "loopback")
+    assert_refused(nightschool("serve", "--host", "0.0.0.0", cwd=tmp_path, NIGHTSCHOOL_SERVER__KEYS="0"), "loopback")
 
 
 def test_a_service_without_a_model_or_engine_says_what_to_do(tmp_path: Path) -> None:

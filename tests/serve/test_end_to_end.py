@@ -68,7 +68,7 @@ class Service:
         with (self.data_dir.parent / "service.log").open("ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env=self._env, start_new_session=True)
         info = until(lambda: running_service(self.data_dir), "the service's start")
-        client = Client(info["url"])
+        client = Client(info["url"], info["token"])
         until(lambda: client.get("/readyz")["status"] == "ready", "the engine's start", 900)
         return client
 
@@ -130,7 +130,7 @@ def test_a_night_survives_kill_9_rejects_a_worse_adapter_and_what_is_promoted_ca
     _enter_by_hand(ledger, service.data_dir)
     switched = client.post("/v1/generations/2/promote", {"why": "test"})
     assert switched["to_generation"] == 2
-    with openai.OpenAI(base_url=f"{client.url}/v1", api_key="none") as sdk:
+    with openai.OpenAI(base_url=f"{client.url}/v1", api_key=client.token) as sdk:
         reply: Any = sdk.chat.completions.create(model="nightschool", messages=[{"role": "user", "content": "1 + 1?"}])
         assert reply.model_extra["nightschool"]["served_by"] == ledger.generation(2).served_name
         _kill_engine(service)
