@@ -1,7 +1,8 @@
 """A small stand-in for vLLM: a real process with the same HTTP routes, and faults on request.
 
 Run by `fake_python` in place of the engine's interpreter. `NIGHTSCHOOL_FAKE` (JSON) switches faults on:
-`die_at_start`, `unhealthy`. Adapters whose folder name says `empty` change nothing; ones that say
+`die_at_start`, `unhealthy`; `chat_s` and `chat_log` are how long a chat takes and where its question is
+written down. Adapters whose folder name says `empty` change nothing; ones that say
 `refused` are refused.
 """
 
@@ -11,6 +12,7 @@ import importlib.util
 import json
 import os
 import sys
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,8 @@ class FakeVLLM(ThreadingHTTPServer):
         self.adapters: dict[str, str] = {}
         self.calls: list[str] = []
         self.unhealthy = False
+        self.chat_s = 0.0
+        self.chat_log: Path | None = None
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -77,9 +81,29 @@ class Handler(BaseHTTPRequestHandler):
             self._send(200, {})
         elif payload["model"] != "base" and payload["model"] not in adapters:
             self._send(404, {"error": {"message": f"The model `{payload['model']}` does not exist."}})
+        elif self.path == "/v1/chat/completions":
+            self._send(200, self._chat(payload))
         else:
             changed = payload["model"] != "base" and "empty" not in adapters[payload["model"]]
             self._send(200, {"choices": [self._choice(i, changed) for i in range(len(payload["prompt"]))]})
+
+    def _chat(self, payload: dict[str, Any]) -> dict[str, Any]:
+        """Always the same answer; the question is written down once it has been answered."""
+        time.sleep(self.server.chat_s)
+        if self.server.chat_log is not None:
+            with self.server.chat_log.open("a") as log:
+                log.write(json.dumps(payload["messages"][-1]["content"]) + "\n")
+        text = "Action: finish(3)" if "structured_outputs" in payload else "Hello there."
+        message = {"role": "assistant", "content": text}
+        return {
+            "id": "chatcmpl-1",
+            "object": "chat.completion",
+            "created": 1,
+            "model": payload["model"],
+            "choices": [{"index": 0, "message": message, "finish_reason": "stop", "token_ids": [4, 5]}],
+            "prompt_token_ids": [1, 2, 3],
+            "usage": {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5},
+        }
 
     def _choice(self, index: int, changed: bool) -> dict[str, Any]:
         shift = 0.25 if changed else 0.0
@@ -113,6 +137,8 @@ def main() -> None:
     port = int(sys.argv[sys.argv.index("--port") + 1])
     server = FakeVLLM(port, os.environ["VLLM_API_KEY"])
     server.unhealthy = bool(faults.get("unhealthy"))
+    server.chat_s = float(faults.get("chat_s", 0))
+    server.chat_log = Path(faults["chat_log"]) if "chat_log" in faults else None
     server.serve_forever()
 
 
