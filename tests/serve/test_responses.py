@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-import time
-from collections.abc import Iterator
+import socket
+import threading
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import httpx
@@ -13,7 +15,7 @@ import pytest
 from openai.types.responses import Response, ResponseItemList, ResponseStreamEvent
 from pydantic import TypeAdapter
 
-from agent.llm import ChatRequest
+from agent.llm import ChatReply, ChatRequest, ScriptedModel
 from memory.errors import ContextLengthError, ModelUnavailableError
 from memory.records import Purpose, StopReason
 from memory.responses import get_response
@@ -21,6 +23,13 @@ from serve.wiring import Services
 from tests.serve.fakes import running, settings_in
 
 EVENTS: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
+WEATHER: Any = {
+    "type": "function",
+    "name": "get_weather",
+    "description": "Weather in a city",
+    "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    "strict": True,
+}
 
 
 def pupil(request: ChatRequest) -> str | Exception:
@@ -29,8 +38,10 @@ def pupil(request: ChatRequest) -> str | Exception:
         return ContextLengthError("the prompt does not fit the model's context: 9000 > 2048")
     if "engine is away" in last:
         return ModelUnavailableError("the model cannot be reached: connection refused")
-    if "Speak slowly" in last:
-        time.sleep(0.1)
+    if "weather" in last:
+        return 'Action: get_weather({"city": "Paris"})'
+    if last == "Observation: sunny":
+        return "Action: finish(sunny)"
     if not request.regex:
         return f"I was told {len(request.messages)} things."
     return "Action: finish(3)" if last.startswith("Observation: ") else "Action: calc(1 + 2)"
@@ -229,6 +240,80 @@ def test_a_run_that_was_cut_is_incomplete(service: tuple[str, Services]) -> None
     assert events[-1]["type"] == "response.incomplete"
     run = service[1].ledger.get_trajectory("traj_" + reply.id.removeprefix("resp_"))
     assert run.stop_reason in (StopReason.MAX_TURNS, StopReason.LENGTH)
+
+
+def test_a_tool_is_called_by_the_client_and_the_chain_goes_on_with_its_result(
+    client: openai.OpenAI, service: tuple[str, Services]
+) -> None:
+    raw = post(service, model="nightschool", input="How is the weather?", tools=[WEATHER]).json()
+    first = Response.model_validate(raw, strict=True)
+    (call,) = first.output
+    assert call.type == "function_call"
+    assert (call.name, json.loads(call.arguments)) == ("get_weather", {"city": "Paris"})
+    assert first.status == "completed"
+    second = client.responses.create(
+        model="nightschool",
+        input=[{"type": "function_call_output", "call_id": call.call_id, "output": "sunny"}],
+        tools=[WEATHER],
+        previous_response_id=first.id,
+    )
+    assert second.output_text == "sunny"
+    before, after = service[1].ledger.conversation(first.id, tenant="default")
+    assert after.continues == before.id
+
+
+def test_a_client_may_keep_the_conversation_itself(client: openai.OpenAI) -> None:
+    items: Any = [{"role": "user", "content": "How is the weather?"}]
+    first = client.responses.create(model="nightschool", input=items, tools=[WEATHER], store=False)
+    items += first.output
+    items.append({"type": "function_call_output", "call_id": first.output[0].call_id, "output": "sunny"})  # type: ignore[union-attr]
+    second = client.responses.create(model="nightschool", input=items, tools=[WEATHER], store=False)
+    assert second.output_text == "sunny"
+
+
+def test_a_streamed_tool_call_has_its_arguments_in_pieces_and_whole(service: tuple[str, Services]) -> None:
+    events = events_of(post(service, model="nightschool", input="How is the weather?", tools=[WEATHER], stream=True))
+    kinds = [event["type"].removeprefix("response.") for event in events]
+    assert [kind for kind in kinds if kind != "function_call_arguments.delta"] == [
+        "created",
+        "in_progress",
+        "output_item.added",
+        "function_call_arguments.done",
+        "output_item.done",
+        "completed",
+    ]
+    pieces = "".join(e["delta"] for e in events if e["type"] == "response.function_call_arguments.delta")
+    done = next(e for e in events if e["type"] == "response.function_call_arguments.done")
+    assert pieces == done["arguments"] == events[-1]["response"]["output"][0]["arguments"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_hangs_up_ends_the_run_within_a_second(
+    service: tuple[str, Services], monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    begun, ended = threading.Event(), threading.Event()
+
+    async def silent(*_: object) -> ChatReply:
+        begun.set()
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.set()
+        raise AssertionError("nobody hung up")
+
+    async def silent_stream(*_: object) -> AsyncIterator[str]:
+        await silent()
+        yield ""
+
+    monkeypatch.setattr(ScriptedModel, "complete", silent)
+    monkeypatch.setattr(ScriptedModel, "stream", silent_stream)
+    body = {"model": "champion", "input": "Hello", "stream": stream}
+    with socket.create_connection(("127.0.0.1", httpx.URL(service[0]).port or 0)) as line:
+        content = json.dumps(body)
+        head = f"POST /v1/responses HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n"
+        line.sendall(f"{head}Content-Type: application/json\r\n\r\n{content}".encode())
+        assert begun.wait(10)
+    assert ended.wait(1.0)
 
 
 def user(content: Any) -> list[dict[str, Any]]:
