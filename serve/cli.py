@@ -91,6 +91,7 @@ def feedback(
     hint: Annotated[str | None, typer.Option(help="a sentence that would have helped")] = None,
     comment: Annotated[str | None, typer.Option(help="kept, never trained on")] = None,
     over: Annotated[str | None, typer.Option(help="id of a worse response")] = None,
+    tenant: Annotated[str, typer.Option(help="whose reply it is")] = "default",
 ) -> None:
     """Score, correct or comment on a reply; the next night learns from what it can trust."""
     from serve.api.auth import OPERATOR
@@ -106,7 +107,7 @@ def feedback(
             kind=kind,
             value=value,
         )
-        stored = store_feedback(ledger, said, tenant=None, author=OPERATOR)
+        stored = store_feedback(ledger, said, tenant=tenant, author=OPERATOR)
     finally:
         ledger.close()
     out.print(f"{stored.id}  {stored.kind}  {stored.trust} ({stored.trust_reason})")
