@@ -106,13 +106,14 @@ def feedback_value(**given: Any) -> tuple[FeedbackKind, Any]:
 
 def follow_night(client: Client, job_id: str, console: Console) -> dict[str, Any]:
     """Show a night's events as they come; returns the job once it has ended."""
-    seen, stage = 0, ""
+    seen: dict[str, Any] = {"order": "asc", "limit": 1000}
+    stage = ""
     with progress_bar(console) as bar:
         rows: dict[str, Any] = {}
         while True:
             job = client.get(f"/v1/fine_tuning/jobs/{job_id}")
-            for event in client.get(f"/v1/fine_tuning/jobs/{job_id}/events", after=seen)["data"]:
-                seen = event["seq"] + 1
+            for event in client.get(f"/v1/fine_tuning/jobs/{job_id}/events", **seen)["data"]:
+                seen["after"] = event["id"]
                 stage = _show(event, stage, bar, rows)
             if job["status"] in FINAL:
                 return job

@@ -7,7 +7,7 @@ folders appear by rename, the ledger's first row wins), so `serve.night` only ha
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,20 +16,22 @@ from agent.llm import ChatRequest
 from agent.prompts import compose
 from agent.verify import verify
 from distill.credit import credit
-from distill.dataset import build, read_manifest, write
+from distill.dataset import Dataset, DatasetConfig, build, build_uploaded, read_manifest, write
 from distill.principles import distill_principles, past_runs
 from distill.rehearsal import RECIPE, Answer, rehearse
 from distill.replay import replay
 from distill.snapshot import Snapshot
 from distill.train import launch
-from distill.train.config import TrainJob
+from distill.train.config import TrainConfig, TrainJob
+from distill.uploads import read_upload
 from evals.gate import GateDecision, decide
 from evals.runner import evaluate
 from evals.suites import Suite
-from memory.errors import ConflictError, NightschoolError, TrainingError
+from memory import files
+from memory.errors import ConflictError, LedgerError, NightschoolError, TrainingError, boundary
 from memory.index import drain
 from memory.night_records import Evaluation, Generation, GenerationStatus, Night, NightStatus
-from memory.records import Message, Purpose, Trajectory
+from memory.records import Example, Message, Purpose, Task, Trajectory
 from serve import promotion
 from serve.adapters import adapter_sha256
 from serve.events import Emit
@@ -120,8 +122,21 @@ def suites_of(run: NightRun) -> list[Suite]:
     return night_suites(run.services.settings, run.services.ledger, run.folder)
 
 
+def uploaded_examples(services: Services, options: dict[str, Any]) -> Iterator[tuple[Task, Example]]:
+    """What a job over an uploaded file trains on. ConfigError for a bad line, NotFoundError for a deleted file."""
+    tenant, file_id = options["tenant"], options["training_file"]
+    files.get(services.ledger.database, file_id, tenant=tenant)
+    tools = services.settings.agent.tools
+    with boundary(LedgerError, f"cannot read file {file_id}"):
+        lines = (services.settings.files_dir / file_id).open(encoding="utf-8", errors="replace")
+    with lines:
+        yield from read_upload(lines, options["method"], file_id=file_id, tenant=tenant, tools=tools)
+
+
 def judge_feedback(run: NightRun) -> Output:
     """Decide which feedback may teach, and credit what was recalled with how the runs ended."""
+    if "training_file" in run.night.options:
+        return {"trust": {}}
     ledger, drawn = run.services.ledger, run.done("snapshot")
     trajectories = ledger.trajectories(upto_seq=drawn["upto"]["trajectory"], purpose=Purpose.SERVE)
     feedback = ledger.feedback(upto_seq=drawn["upto"]["feedback"])
@@ -141,6 +156,8 @@ def judge_feedback(run: NightRun) -> Output:
 
 def remember(run: NightRun) -> Output:
     """Distil principles and keep successful and corrected runs, in the ledger first, then in the index."""
+    if "training_file" in run.night.options:
+        return {"principles": 0, "dropped": {}, "runs": 0}
     services, snap = run.services, load_snapshot(run)
     model = promotion.model_ref(services.ledger.generation(run.done("snapshot")["champion"]))
 
@@ -173,9 +190,11 @@ def make_dataset(run: NightRun) -> Output:
     folder = run.folder / "dataset"
     if (manifest := read_manifest(folder)) is None:
         config = settings.dataset.model_copy(update={"min_examples": settings.night.min_examples})
-        dataset = build(
-            snap, run.night.options.get("recipes") or settings.night.recipes, services.memory, compose, config
-        )
+        if "training_file" in run.night.options:
+            dataset = _uploaded(run, snap.held_out_tasks, config)
+        else:
+            recipes = run.night.options.get("recipes") or settings.night.recipes
+            dataset = build(snap, recipes, services.memory, compose, config)
         again = _replayed(run, snap, len(dataset.examples))
         general = run.wait(rehearse(_base_answer(services), settings.night.rehearsal))
         dataset = replace(
@@ -187,6 +206,38 @@ def make_dataset(run: NightRun) -> Output:
         manifest = write(dataset, folder)
     run.emit("dataset", f"{sum(f.rows for f in manifest.files.values())} rows", counts=manifest.counts)
     return {"folder": str(folder), **manifest.model_dump(mode="json", include={"counts", "dropped", "files"})}
+
+
+def _uploaded(run: NightRun, held_out: list[Task], config: DatasetConfig) -> Dataset:
+    """The uploaded file's examples; its lines are in the ledger as tasks, as everything is that was learned."""
+    pairs = list(uploaded_examples(run.services, run.night.options))
+    for task, _ in pairs:
+        keep_task(run.services.ledger, task)
+    material = Snapshot([], [], {task.id: task for task, _ in pairs}, seed=config.seed, held_out_tasks=held_out)
+    # Whoever uploads a file wants all of it: the caps are against one voice drowning the others of a day.
+    roomy = config.model_copy(update={"max_per_workload": max(len(pairs), config.max_per_workload)})
+    return build_uploaded(material, (example for _, example in pairs), run.services.memory, compose, roomy)
+
+
+def _train_config(config: TrainConfig, options: dict[str, Any]) -> TrainConfig:
+    """The settings' configuration with a job's method and hyperparameters in it."""
+    given: dict[str, Any] = options.get("hyperparameters", {})
+    dpo = options.get("method") == "dpo"
+    changed: dict[str, Any] = {"seed": options["seed"]} if "seed" in options else {}
+    if options.get("method") == "supervised":
+        changed["dpo_epochs"] = 0
+    if dpo:
+        changed["dpo_epochs"] = given.get("n_epochs", config.dpo_epochs or 2)
+    elif "n_epochs" in given:
+        changed["epochs"] = given["n_epochs"]
+    if "batch_size" in given:
+        changed["dpo_batch_size" if dpo else "batch_size"] = given["batch_size"]
+    if "learning_rate_multiplier" in given:
+        name = "dpo_learning_rate" if dpo else "learning_rate"
+        changed[name] = getattr(config, name) * given["learning_rate_multiplier"]
+    if "beta" in given:
+        changed["dpo_beta"] = given["beta"]
+    return config.model_copy(update=changed)
 
 
 def _base_answer(services: Services) -> Answer:
@@ -222,7 +273,7 @@ def train(run: NightRun) -> Output:
         base_model=services.base_model,
         parent_adapter=settings.adapters_dir / str(champion.adapter_path) if from_champion else None,
         out_dir=out,
-        config=settings.train,
+        config=_train_config(settings.train, run.night.options),
     )
 
     def progress(event: dict[str, Any]) -> None:

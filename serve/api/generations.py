@@ -1,0 +1,105 @@
+"""Generations and their evaluations: `/v1/generations`, `/v1/evaluations`."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from typing import Any
+
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, ConfigDict, Field
+
+from evals.runner import evaluate
+from memory.errors import ConfigError
+from memory.night_records import Generation
+from serve import promotion
+from serve.api.auth import Scope, caller_of, requires
+from serve.stages import store_evaluation
+from serve.suites import configured_suites
+from serve.wiring import Services
+
+router = APIRouter(dependencies=[requires(Scope.OPERATE)])
+
+
+class PromotionRequest(BaseModel):
+    """Why somebody switches by hand."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    why: str = Field(default="by hand", min_length=1, max_length=2000)
+
+
+class EvaluationRequest(BaseModel):
+    """`POST /v1/evaluations`: run suites on one generation."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str = promotion.AGENT_MODEL
+    suites: list[str] | None = None
+    memory: bool = True
+
+
+def _services(request: Request) -> Services:
+    return request.app.state.services
+
+
+def generation_object(generation: Generation) -> dict[str, Any]:
+    """A generation with the name the engine serves it by."""
+    return {"object": "generation", **generation.model_dump(mode="json"), "served_by": generation.served_name}
+
+
+@router.get("/v1/generations")
+async def list_generations(request: Request) -> dict[str, Any]:
+    services = _services(request)
+    return {"object": "list", "data": [generation_object(g) for g in services.ledger.generations()]}
+
+
+@router.post("/v1/generations/{number}/promote")
+async def promote(number: int, body: PromotionRequest, request: Request) -> dict[str, Any]:
+    services = _services(request)
+    done = await promotion.promote(
+        services.ledger, services.residency, number, why=body.why, by=caller_of(request).name
+    )
+    return done.model_dump(mode="json")
+
+
+@router.post("/v1/generations/rollback")
+async def rollback(body: PromotionRequest, request: Request) -> dict[str, Any]:
+    services = _services(request)
+    done = await promotion.rollback(services.ledger, services.residency, why=body.why, by=caller_of(request).name)
+    return done.model_dump(mode="json")
+
+
+@router.get("/v1/evaluations")
+async def list_evaluations(request: Request, night: str | None = None, generation: int | None = None) -> dict[str, Any]:
+    """Stored evaluations, oldest first."""
+    services = _services(request)
+    found = services.ledger.evaluations(night_id=night, generation=generation)
+    return {"object": "list", "data": [e.model_dump(mode="json") for e in found], "has_more": False}
+
+
+@router.post("/v1/evaluations")
+async def create_evaluation(body: EvaluationRequest, request: Request) -> dict[str, Any]:
+    """Run the suites now; the reply comes when they are done (ledger and night use the same runs)."""
+    services = _services(request)
+    _, generation = promotion.resolve(services.ledger, body.model)
+    suites = await asyncio.to_thread(configured_suites, services.settings, services.ledger)
+    known = {suite.name: suite for suite in suites}
+    for name in body.suites or []:
+        if name not in known:
+            raise ConfigError(f"unknown suite {name!r}; there are: {', '.join(sorted(known))}")
+    done = []
+    for suite in [known[name] for name in body.suites] if body.suites else suites:
+        async with services.residency.using(generation):
+            evaluation, trajectories = await evaluate(
+                suite,
+                promotion.model_ref(generation),
+                replace(services.deps, checkpointer=None),
+                memory=body.memory,
+                memory_watermark=services.ledger.memory_watermark(),
+                concurrency=services.settings.night.concurrency,
+                on_progress=lambda _done, _total: None,
+            )
+        await asyncio.to_thread(store_evaluation, services, suite, evaluation, trajectories)
+        done.append(evaluation.model_dump(mode="json"))
+    return {"object": "list", "data": done}
