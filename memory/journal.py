@@ -168,4 +168,5 @@ def _same_task(stored: str | None, task: Task, body: str) -> bool:
     if stored is None or stored == body:
         return True
     known = rows.load(Task, stored)
-    return known == task.model_copy(update={"source": known.source, "created_at": known.created_at})
+    asking = ("source", "created_at", "user", "safety_identifier", "metadata")
+    return known == task.model_copy(update={name: getattr(known, name) for name in asking})

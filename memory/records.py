@@ -90,7 +90,9 @@ class Task(Record):
     verifier: VerifierSpec | None = None
     source: str = "api"
     user: str | None = None
-    """Who asked, as the client tells its own users apart (`user` or `safety_identifier`)."""
+    """Who asked, as the client tells its own users apart."""
+    safety_identifier: str | None = None
+    """The same, in OpenAI's newer field."""
     metadata: dict[str, str] = Field(default_factory=dict)
     """What the client attached; never shown to the model."""
     created_at: datetime = Field(default_factory=now)

@@ -1,15 +1,26 @@
-"""`/v1/chat/completions`: a request is a task, its run a trajectory, written before the reply ends."""
+"""`/v1/chat/completions`: a request is a task, its run a trajectory, written before the reply ends.
+
+A stream has the answer as it is generated. A client that sends `X-Nightschool-Watch: 1`, or
+`"nightschool": {"watch": true}`, also gets chunks with empty `choices` and a `nightschool` object that say
+what the agent does on its way; others get standard chunks only:
+
+    {"event": "recall", "recalled": [...]}       what memory put into the prompt, with the numbers that chose it
+    {"event": "tool_call", "id", "name", "arguments"}    a call of the service's own tools
+    {"event": "observation", "id", "content"}            what that tool answered
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
-from collections.abc import AsyncIterator, Coroutine
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any
 
 from fastapi import APIRouter, Header, Request
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 
 from agent.tools import check_tools
 from agent.verify import check_verifier
@@ -18,13 +29,26 @@ from memory.records import Trajectory
 from serve import promotion
 from serve.api import openai_types as oai
 from serve.api.auth import Scope, caller_of, requires
-from serve.api.errors import describe
+from serve.api.errors import describe, error_body
 from serve.api.feedback import said_in_metadata
-from serve.api.runs import Turnstile, answer, stored_run, trajectory_id
+from serve.api.runs import (
+    RunEvent,
+    TextDelta,
+    ToolCallDelta,
+    Turnstile,
+    Watched,
+    answer,
+    run_events,
+    stored_run,
+    trajectory_id,
+    unsaid,
+)
+from serve.api.sse import EventStream, begun, unless_gone
 from serve.wiring import Services
 
+log = logging.getLogger(__name__)
+
 router = APIRouter(dependencies=[requires(Scope.CHAT)])
-T = TypeVar("T")
 
 
 @router.post("/v1/chat/completions")
@@ -32,6 +56,7 @@ async def chat_completions(
     body: oai.ChatCompletionRequest,
     request: Request,
     idempotency_key: str | None = Header(default=None, max_length=255),
+    x_nightschool_watch: str | None = Header(default=None),
 ) -> Any:
     services: Services = request.app.state.services
     turnstile: Turnstile = request.app.state.turnstile
@@ -44,56 +69,75 @@ async def chat_completions(
     run_id = trajectory_id(idempotency_key, tenant)
     stored = stored_run(services, run_id, task) if idempotency_key else None
     resumable = idempotency_key is not None
-    work = _known(stored) if stored else answer(services, turnstile, task, body, run_id, resumable)
+    run = (services, turnstile, task, body, run_id, resumable)
     if body.stream:
-        events = _events(body, run_id, work)
-        return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-    trajectory = await _unless_gone(request, work)
+        watch = body.nightschool.watch or x_nightschool_watch in ("1", "true")
+        chunks = _chunks(body, run_id, _replayed(stored) if stored else run_events(*run), watch)
+        return EventStream(_with_errors(await begun(chunks)))
+    trajectory = stored or await unless_gone(request, answer(*run))
     if trajectory is None:
         return JSONResponse({}, 499)
     return JSONResponse(oai.completion(trajectory, body.model))
 
 
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T | None:
-    """The result of `work`, cancelled within a second once the client has hung up (then None)."""
-    task = asyncio.ensure_future(work)
-    try:
-        while True:
-            done, _ = await asyncio.wait({task}, timeout=0.5)
-            if done:
-                return task.result()
-            if await request.is_disconnected():
-                return None
-    finally:
-        if not task.done():
-            task.cancel()
+async def _replayed(trajectory: Trajectory) -> AsyncIterator[RunEvent]:
+    for event in unsaid(trajectory):
+        yield event
+    yield trajectory
 
 
-async def _known(trajectory: Trajectory) -> Trajectory:
-    return trajectory
-
-
-async def _events(
-    body: oai.ChatCompletionRequest, run_id: str, work: Coroutine[Any, Any, Trajectory]
+async def _chunks(
+    body: oai.ChatCompletionRequest, run_id: str, happening: AsyncIterator[RunEvent], watch: bool
 ) -> AsyncIterator[str]:
-    """Server-sent events of one reply; the last comes after the ledger's commit."""
+    """Server-sent events of one reply; the finish comes after the ledger's commit. Errors are raised."""
     created = int(time.time())
-    usage_field = {"usage": None} if body.stream_options and body.stream_options.include_usage else {}
+    with_usage = bool(body.stream_options and body.stream_options.include_usage)
 
-    def event(delta: dict[str, Any] | None, finish: str | None = None) -> str:
-        return f"data: {json.dumps(oai.chunk(run_id, created, body.model, delta, finish) | usage_field)}\n\n"
+    def chunk(delta: dict[str, Any] | None, finish: str | None = None, **more: Any) -> str:
+        made = oai.chunk(run_id, created, body.model, delta, finish, more.pop("logprobs", None))
+        return _event(made | ({"usage": None} if with_usage else {}) | more)
 
-    yield event({"role": "assistant", "content": ""})
-    try:
-        trajectory = await work
-    except NightschoolError as exc:
-        yield f"data: {json.dumps(describe(exc)[1])}\n\n"
-        yield "data: [DONE]\n\n"
-        return
-    for piece in (trajectory.answer or "").splitlines(keepends=True):
-        yield event({"content": piece})
-    yield event({}, oai.finish_reason(trajectory))
-    if usage_field:
-        last = oai.chunk(run_id, created, body.model, None) | {"usage": oai.usage(trajectory)}
-        yield f"data: {json.dumps(last)}\n\n"
+    began = False
+    async with aclosing(happening) as events:  # type: ignore[type-var]
+        async for event in events:
+            if isinstance(event, Watched):
+                if watch:
+                    yield chunk(None, nightschool=event.event)
+                continue
+            if not began:
+                began = True
+                yield chunk({"role": "assistant", "content": None if isinstance(event, ToolCallDelta) else ""})
+            if isinstance(event, TextDelta):
+                yield chunk({"content": event.text})
+            elif isinstance(event, ToolCallDelta):
+                call = {"index": event.index, "id": event.id, "type": "function"}
+                yield chunk({"tool_calls": [call | {"function": {"name": event.name, "arguments": ""}}]})
+                yield chunk({"tool_calls": [{"index": event.index, "function": {"arguments": event.arguments}}]})
+            else:
+                logprobs = oai.logprobs_of(event)
+                if logprobs is not None:
+                    yield chunk({}, logprobs=logprobs)
+                yield chunk({}, oai.finish_reason(event))
+                if with_usage:
+                    yield chunk(None, usage=oai.usage(event))
     yield "data: [DONE]\n\n"
+
+
+async def _with_errors(chunks: AsyncIterator[str]) -> AsyncIterator[str]:
+    """The chunks; an error, for which it is too late for a status, as an event that clients raise."""
+    try:
+        async with aclosing(chunks) as open_chunks:  # type: ignore[type-var]
+            async for chunk in open_chunks:
+                yield chunk
+        return
+    except NightschoolError as exc:
+        error = describe(exc)[1]
+    except Exception:
+        log.exception("unexpected error in a stream")
+        error = error_body("internal error; the service's log has the details", "server_error")
+    yield _event(error)
+    yield "data: [DONE]\n\n"
+
+
+def _event(data: dict[str, Any]) -> str:
+    return f"data: {json.dumps(data)}\n\n"

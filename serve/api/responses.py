@@ -23,11 +23,11 @@ from serve import promotion
 from serve.api import openai_types as oai
 from serve.api import response_types as shapes
 from serve.api.auth import Caller, Scope, caller_of, requires
-from serve.api.chat import _unless_gone
 from serve.api.errors import FieldError, describe
 from serve.api.feedback import said_in_metadata
 from serve.api.response_types import Item, ResponseRequest
 from serve.api.runs import RunEvent, TextDelta, ToolCallDelta, answer, run_events, stored_run, trajectory_id
+from serve.api.sse import unless_gone
 from serve.wiring import Services
 
 log = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ async def create_response(
         happening = _replayed(known) if known else run_events(*run)
         events = _events(services, asked, happening)
         return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-    trajectory = known or await _unless_gone(request, answer(*run))
+    trajectory = known or await unless_gone(request, answer(*run))
     if trajectory is None:
         return JSONResponse({}, 499)
     return JSONResponse(await asyncio.to_thread(_kept, services, asked, trajectory))

@@ -8,45 +8,24 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
+from agent.events import Emit, TextDelta, ToolCallDelta, Watched
 from agent.run import run_task
+from agent.state import RunOptions
 from memory import errors as our_errors
 from memory.errors import ConflictError, NotFoundError
 from memory.recall import NoMemory
 from memory.records import Purpose, StopReason, Task, Trajectory, new_id
 from serve import promotion
 from serve.api import openai_types as oai
+from serve.api.chat_tools import may_call, must_call
+from serve.api.conversations import predecessor
 from serve.api.errors import BusyError
 from serve.settings import ServerConfig
 from serve.wiring import Services
-
-
-@dataclass(frozen=True)
-class TextDelta:
-    """A piece of the answer."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class ToolCallDelta:
-    """A call, or the next piece of its arguments, of a tool that the client runs."""
-
-    index: int
-    id: str
-    name: str
-    arguments: str
-
-
-@dataclass(frozen=True)
-class Watched:
-    """What the agent did on its way (recall, its own tools), for clients that asked to watch."""
-
-    event: dict[str, Any]
-
 
 RunEvent = TextDelta | ToolCallDelta | Watched | Trajectory
 """What a run says while it goes on; the trajectory comes last, when it is in the ledger."""
@@ -88,11 +67,13 @@ async def answer(
     run_id: str,
     resumable: bool,
     keep: Keep | None = None,
+    emit: Emit | None = None,
 ) -> Trajectory:
     """Run the task on the asked-for generation and commit task and trajectory to the ledger.
 
     `resumable`: a run that is killed goes on at its last step when it is asked for again with the same id.
     `keep` commits in the caller's way instead (a batch commits several runs with their lines at once).
+    `emit` hears the run while it goes on.
     A run that ended in an error of the engine or the request raises it; the ledger then has nothing of it.
     """
     with_agent, generation = promotion.resolve(services.ledger, request.model)
@@ -102,14 +83,16 @@ async def answer(
     if not with_agent:
         deps = replace(deps, recaller=NoMemory(), checkpointer=None)
         task = task.model_copy(update={"tools": []})
+    options = await asyncio.to_thread(_options, services, task, request, run_id, emit)
     async with turnstile.enter(), services.residency.using(generation):
         trajectory = await run_task(
             task,
             promotion.model_ref(generation),
             deps,
-            purpose=Purpose.SERVE,
+            purpose=Purpose.UNTAUGHT if request.store is False else Purpose.SERVE,
             sampling=_sampling(request, with_agent, services),
             trajectory_id=run_id,
+            options=options,
         )
     if trajectory.stop_reason is StopReason.ERROR:
         # Nothing was acknowledged, and a retry with the same key must run again: only the log keeps it.
@@ -131,15 +114,65 @@ async def run_events(
     resumable: bool,
 ) -> AsyncIterator[RunEvent]:
     """`answer`, as it happens. Closing the iterator cancels the run; errors are raised as by `answer`."""
-    trajectory = await answer(services, turnstile, task, request, run_id, resumable)
-    if trajectory.answer:
-        yield TextDelta(trajectory.answer)
+    events: asyncio.Queue[RunEvent | None] = asyncio.Queue()
+
+    async def work() -> Trajectory:
+        try:
+            return await answer(services, turnstile, task, request, run_id, resumable, emit=events.put_nowait)
+        finally:
+            events.put_nowait(None)
+
+    running = asyncio.create_task(work())
+    said, calls = "", False
+    try:
+        while (event := await events.get()) is not None:
+            said += event.text if isinstance(event, TextDelta) else ""
+            calls = calls or isinstance(event, ToolCallDelta)
+            yield event
+        trajectory = await running
+    finally:
+        running.cancel()
+        with suppress(asyncio.CancelledError, Exception):
+            await running
+    # A run that was resumed after its last step has said nothing yet.
+    for event in unsaid(trajectory, said, calls):
+        yield event
     yield trajectory
 
 
+def unsaid(trajectory: Trajectory, said: str = "", calls: bool = False) -> list[RunEvent]:
+    """What is left to say of a run that ended: all of it, less the text and the calls that were said."""
+    rest = (trajectory.answer or "").removeprefix(said)
+    events: list[RunEvent] = [TextDelta(rest)] if rest else []
+    if not calls:
+        for index, call in enumerate(oai.tool_calls(trajectory)):
+            events.append(ToolCallDelta(index, call["id"], call["function"]["name"], call["function"]["arguments"]))
+    return events
+
+
+def _options(
+    services: Services, task: Task, request: oai.ChatCompletionRequest, run_id: str, emit: Emit | None
+) -> RunOptions:
+    own = services.deps.config.tools if task.tools is None else task.tools
+    before = predecessor(services.ledger, task, own)
+    given = (request.metadata or {}).get("conversation_id")
+    follows = before.conversation_id if before else run_id if task.client_tools else None
+    return RunOptions(
+        emit=emit,
+        before=before,
+        may_call=may_call(request.tool_choice),
+        must_call=must_call(request.tool_choice),
+        accept_cut=True,
+        cache_key=request.prompt_cache_key,
+        conversation_id=given or follows,
+    )
+
+
 def _sampling(request: oai.ChatCompletionRequest, with_agent: bool, services: Services) -> dict[str, Any]:
-    plain_default = {} if with_agent else {"max_tokens": services.settings.agent.max_run_tokens // 8}
-    return plain_default | request.sampling
+    # A line of our own tools is short; whatever else a model says may be long.
+    short = with_agent and not request.tools and "response_format" not in request.sampling
+    long_default = {} if short else {"max_tokens": services.settings.agent.max_run_tokens // 8}
+    return long_default | request.sampling
 
 
 def stored_run(services: Services, run_id: str, task: Task) -> Trajectory | None:
