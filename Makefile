@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup demo test unit lint types serve lock clean
+.PHONY: help setup demo test unit fuzz lint types serve lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -21,6 +21,9 @@ test: setup lint types  ## everything CI runs
 
 unit: lint  ## the tests that need no engine
 	@$(BIN)/python -m pytest -m "not engine"
+
+fuzz: setup  ## 5,000 generated requests over the OpenAPI document
+	@$(BIN)/python -m tests.serve.fuzz --cases 5000
 
 lint:
 	@$(BIN)/ruff check .

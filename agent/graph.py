@@ -5,8 +5,10 @@ Owns the control flow of one run. Tool execution, prompts, the codec and memory 
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from contextlib import aclosing
 from functools import lru_cache
+from types import SimpleNamespace
 from typing import Any
 
 from agent.client_tools import call_id
@@ -17,6 +19,7 @@ from agent.prompts import compose, showable
 from agent.state import RunContext, RunState
 from agent.tools import call_tool
 from memory.errors import ModelError
+from memory.recall import NoMemory, Recall
 from memory.records import MALFORMED, RECALLED, Message, Step, StopReason, Task, content_hash
 
 ACTION_OVERHEAD_TOKENS = 12
@@ -43,6 +46,17 @@ def build_graph(checkpointer: Any = None) -> Any:
     return graph.compile(checkpointer=checkpointer)
 
 
+async def run_plain(task: dict[str, Any], context: RunContext) -> AsyncIterator[dict[str, Any]]:
+    """The states of a run without tools. It is one call: the graph's nodes in their order, without its machinery,
+    which costs more than all else that a plain-model request takes.
+    """
+    state: Any = {"task": task}
+    runtime = SimpleNamespace(context=context)
+    for node in (_recall, _act):
+        state = state | await node(state, runtime)
+        yield state
+
+
 async def _recall(state: RunState, runtime: Any) -> dict[str, Any]:
     import asyncio
 
@@ -55,7 +69,8 @@ async def _recall(state: RunState, runtime: Any) -> dict[str, Any]:
             "steps": [step.model_dump(mode="json") for step in before.steps],
             "reminded": False,
         }
-    found = await asyncio.to_thread(context.deps.recaller.recall, task)
+    recaller = context.deps.recaller
+    found = Recall() if isinstance(recaller, NoMemory) else await asyncio.to_thread(recaller.recall, task)
     recall = showable(found, context.tools, task.client_tools)
     recalled = [item.model_dump(mode="json") for item in recall.items]
     _watch(context, {"event": "recall", "recalled": recalled})
@@ -71,25 +86,7 @@ def _news(task: Task) -> list[Message]:
 async def _act(state: RunState, runtime: Any) -> dict[str, Any]:
     context: RunContext = runtime.context
     tools, messages, options = context.tools, state["messages"], context.options
-    budget = int(context.sampling.get("max_tokens") or context.deps.config.max_tokens)
-    own_steps = len(state["steps"]) - context.inherited
-    must_answer = own_steps == context.deps.config.max_turns - 1 or _repeats_itself(messages, tools)
-    regex = grammar(
-        tools,
-        max(8, budget - ACTION_OVERHEAD_TOKENS),
-        answer_only=must_answer,
-        client=context.client,
-        must_call=options.must_call,
-    )
-    tenant = state["task"]["tenant"]
-    request = ChatRequest(
-        model=context.model.name,
-        messages=wire(messages, tools),
-        # With tools a reply is a line, of which `stop` could cut off more than the answer.
-        sampling={k: v for k, v in context.sampling.items() if k != "stop" or not tools},
-        regex=regex if context.deps.config.constrain else None,
-        cache_salt=tenant if options.cache_key is None else content_hash([tenant, options.cache_key]),
-    )
+    request = model_call(messages, len(state["steps"]) - context.inherited, state["task"]["tenant"], context)
     reply, sent = await _say(request, context)
     action = _read(reply, context)
     steps = [*state["steps"], _step(reply, len(messages)).model_dump(mode="json")]
@@ -114,6 +111,28 @@ async def _act(state: RunState, runtime: Any) -> dict[str, Any]:
             update["stop_reason"] = StopReason.MAX_TURNS.value
     _tell(said, update["answer"], sent, context)
     return {**update, "messages": [*messages, said]}
+
+
+def model_call(messages: list[Message], own_steps: int, tenant: str, context: RunContext) -> ChatRequest:
+    """What the model is asked after these messages, in a run that has asked it `own_steps` times."""
+    tools, options = context.tools, context.options
+    budget = int(context.sampling.get("max_tokens") or context.deps.config.max_tokens)
+    must_answer = own_steps == context.deps.config.max_turns - 1 or _repeats_itself(messages, tools)
+    regex = grammar(
+        tools,
+        max(8, budget - ACTION_OVERHEAD_TOKENS),
+        answer_only=must_answer,
+        client=context.client,
+        must_call=options.must_call,
+    )
+    return ChatRequest(
+        model=context.model.name,
+        messages=wire(messages, tools),
+        # With tools a reply is a line, of which `stop` could cut off more than the answer.
+        sampling={k: v for k, v in context.sampling.items() if k != "stop" or not tools},
+        regex=regex if context.deps.config.constrain else None,
+        cache_salt=tenant if options.cache_key is None else content_hash([tenant, options.cache_key]),
+    )
 
 
 async def _say(request: ChatRequest, context: RunContext) -> tuple[ChatReply, str]:

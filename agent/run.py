@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import AsyncIterator
 from typing import Any
 
 from agent.client_tools import tools_of
 from agent.codec import offered
-from agent.graph import build_graph
+from agent.graph import build_graph, run_plain
 from agent.state import AgentDeps, ModelRef, RunContext, RunOptions
 from agent.tools import check_tools
 from agent.verify import judge_trajectory
@@ -83,26 +84,32 @@ async def run_task(
 async def _drive(task: Task, context: RunContext, run_id: str) -> tuple[dict[str, Any], NightschoolError | None]:
     """The final state, and the error that ended the run early, if one did."""
     checkpointer = context.deps.checkpointer
+    if not context.tools and checkpointer is None:
+        return await _drained(run_plain(task.model_dump(mode="json"), context))
     graph = build_graph(checkpointer)
     thread: Any = {"configurable": {"thread_id": run_id}, "recursion_limit": 4 * context.deps.config.max_turns + 10}
     begin: Any = {"task": task.model_dump(mode="json")}
     if checkpointer is not None and (await graph.aget_state(thread)).values:
         begin = None
+    state, error = await _drained(graph.astream(begin, thread, context=context, stream_mode="values"))
+    if checkpointer is not None and state.get("stop_reason"):
+        # A finished run's checkpoints are dead weight: the trajectory is in the ledger.
+        await checkpointer.adelete_thread(run_id)
+    return state, error
+
+
+async def _drained(states: AsyncIterator[dict[str, Any]]) -> tuple[dict[str, Any], NightschoolError | None]:
     state: dict[str, Any] = {}
     try:
-        async for update in graph.astream(begin, thread, context=context, stream_mode="values"):
+        async for update in states:
             state = update
     except NightschoolError as exc:
         return state, exc
-    finally:
-        if checkpointer is not None and state.get("stop_reason"):
-            # A finished run's checkpoints are dead weight: the trajectory is in the ledger.
-            await checkpointer.adelete_thread(run_id)
     return state, None
 
 
 async def _judged(task: Task, trajectory: Trajectory) -> Trajectory:
-    if trajectory.stop_reason is StopReason.ERROR:
+    if trajectory.stop_reason is StopReason.ERROR or (task.verifier is None and task.reference is None):
         return trajectory
     try:
         outcome = await asyncio.to_thread(judge_trajectory, task, trajectory)

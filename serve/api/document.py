@@ -15,7 +15,12 @@ from pydantic.json_schema import models_json_schema
 
 T = TypeVar("T")
 REF = "#/components/schemas/{model}"
-EVENTS = {"text/event-stream": {"schema": {"type": "string"}}}
+_EVENT = {
+    "type": "object",
+    "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
+    "required": ["data"],
+}
+EVENTS = {"text/event-stream": {"schema": _EVENT}}
 
 ERRORS = {
     400: "The request is malformed, or asks for what is not supported; `param` names the field.",
@@ -236,6 +241,41 @@ class Item(BaseModel):
     object: str
 
 
+class GenerationBody(BaseModel):
+    """A model that was trained, or the base model."""
+
+    object: Literal["generation"]
+    number: int
+    parent: int | None
+    base_model: str
+    status: Literal["candidate", "champion", "retired", "rejected"]
+    served_by: str
+
+
+class PromotionBody(BaseModel):
+    """A switch of what is served."""
+
+    id: str
+    from_generation: int
+    to_generation: int
+    why: str
+    by: str
+
+
+class KeyBody(BaseModel):
+    """A key, without its secret unless it was just made."""
+
+    id: str
+    object: Literal["api_key"]
+    name: str
+    tenant: str
+    scopes: list[str]
+    created_at: str
+    expires_at: str | None
+    revoked_at: str | None
+    secret: str | None = None
+
+
 class Record(BaseModel):
     """A stored record as it is."""
 
@@ -267,11 +307,37 @@ REPLIES: dict[tuple[str, str], type[BaseModel]] = {
     ("post", "/v1/fine_tuning/jobs/{job_id}/cancel"): JobBody,
     ("get", "/v1/fine_tuning/jobs/{job_id}/events"): Page[Item],
     ("get", "/v1/fine_tuning/jobs/{job_id}/checkpoints"): Page[Item],
-    ("get", "/v1/generations"): Plain[Item],
+    ("get", "/v1/generations"): Plain[GenerationBody],
+    ("post", "/v1/generations/{number}/promote"): PromotionBody,
+    ("post", "/v1/generations/rollback"): PromotionBody,
+    ("get", "/v1/evaluations"): Page[Record],
+    ("post", "/v1/evaluations"): Plain[Record],
+    ("get", "/v1/feedback"): Page[Record],
+    ("post", "/v1/keys"): KeyBody,
+    ("get", "/v1/keys"): Page[KeyBody],
+    ("delete", "/v1/keys/{key_id}"): KeyBody,
     ("post", "/v1/feedback"): Record,
 }
 """The body of a 200, where FastAPI's own reading says only "any JSON"."""
 
+_ASKED = [{"role": "user", "content": "What is 17 * 3?"}]
+EXAMPLES: dict[tuple[str, str], dict[str, Any]] = {
+    ("post", "/v1/chat/completions"): {
+        "the agent": {"model": "nightschool", "messages": _ASKED},
+        "the plain model, streamed": {"model": "champion", "messages": _ASKED, "stream": True},
+        "a scored task": {"model": "nightschool", "messages": _ASKED, "nightschool": {"reference": "51"}},
+    },
+    ("post", "/v1/responses"): {
+        "a text": {"model": "nightschool", "input": "What is 17 * 3?"},
+        "streamed": {"model": "nightschool", "input": "What is 17 * 3?", "stream": True},
+    },
+    ("post", "/v1/embeddings"): {"two texts": {"model": "embedder", "input": ["one", "two"]}},
+    ("post", "/v1/fine_tuning/jobs"): {"a night now": {"model": "nightschool"}},
+    ("post", "/v1/keys"): {"a key for a client": {"name": "ada", "scopes": ["chat", "feedback"], "expires_in": "30d"}},
+}
+"""Requests that are answered with 200."""
+
+OCTETS = {("get", "/v1/files/{file_id}/content")}
 STREAMS = {("post", "/v1/chat/completions"), ("post", "/v1/responses")}
 
 
@@ -302,6 +368,11 @@ def complete(document: dict[str, Any]) -> dict[str, Any]:
         replies.pop("422", None)  # a body that does not fit is a 400 in OpenAI's shape
         if (method, path) in REPLIES:
             replies["200"]["content"] = {"application/json": {"schema": reference[REPLIES[method, path]]}}
+        if (method, path) in OCTETS:
+            replies["200"]["content"] = {"application/octet-stream": {"schema": {"type": "string"}}}
+        if (method, path) in EXAMPLES:
+            named = {name: {"value": value} for name, value in EXAMPLES[method, path].items()}
+            operation["requestBody"]["content"]["application/json"]["examples"] = named
         if (method, path) in STREAMS:
             replies["200"]["content"] |= EVENTS
         if path.startswith("/v1/"):
