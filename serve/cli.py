@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 from memory.errors import ConfigError, NightschoolError
+from serve.cli_batch import app as batch_app
 from serve.cli_keys import app as keys_app
 
 app = typer.Typer(
@@ -25,6 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(keys_app, name="keys")
+app.add_typer(batch_app, name="batch")
 out = Console()
 err = Console(stderr=True)
 

@@ -58,6 +58,21 @@ class Client:
         """POST with an optional idempotency key."""
         return self.call("POST", path, json=body, headers={"Idempotency-Key": key} if key else None)
 
+    def upload(self, path: Path, name: str, purpose: str) -> Any:
+        """Upload a file under a name."""
+        with path.open("rb") as file:
+            return self.call("POST", "/v1/files", files={"file": (name, file)}, data={"purpose": purpose})
+
+    def lines(self, path: str) -> Iterator[str]:
+        """The lines of a text, as they come. EngineError when the service goes away on the way."""
+        try:
+            with self._http.stream("GET", path) as response:
+                if response.status_code >= 400:
+                    raise NotFoundError(f"the service answered {response.status_code} to {path}")
+                yield from response.iter_lines()
+        except httpx.TransportError as exc:
+            raise EngineError(f"the service at {self.url} does not answer ({type(exc).__name__})") from exc
+
     def close(self) -> None:
         """Close the connections."""
         self._http.close()

@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,46 +14,12 @@ from memory import batches
 from memory.batches import LineStatus
 from memory.ledger import Ledger
 from memory.records import Trajectory
-from serve.wiring import running_service
-from tests.serve.fake_engine import ROOT, fake_python
+from tests.serve.real_service import started, until
 
 LINES = 500
 KILL_AT = (120, 280)
 CONCURRENCY = 8
 CHAT = "/v1/chat/completions"
-
-
-def started(folder: Path) -> tuple[subprocess.Popen[bytes], openai.OpenAI]:
-    """`nightschool serve` with the fake engine behind it, once it answers."""
-    mine = {name: value for name, value in os.environ.items() if not name.startswith("NIGHTSCHOOL_")}
-    env = mine | {
-        "PYTHONPATH": str(ROOT),
-        "NIGHTSCHOOL_MODEL": str(folder / "model"),
-        "NIGHTSCHOOL_ENGINE__PYTHON": str(fake_python(folder)),
-        "NIGHTSCHOOL_ENGINE__DEVICE": "cpu",
-        "NIGHTSCHOOL_SERVER__KEYS": "false",
-        "NIGHTSCHOOL_BATCH__CONCURRENCY": str(CONCURRENCY),
-        "NIGHTSCHOOL_FAKE": json.dumps({"chat_s": 0.02, "chat_log": str(folder / "asked.jsonl")}),
-    }
-    with (folder / "service.log").open("ab") as log:
-        command = [sys.executable, "-m", "serve.cli", "serve", "--port", "0"]
-        process = subprocess.Popen(command, cwd=folder, env=env, stdout=log, stderr=log)
-
-    def up() -> bool:
-        assert process.poll() is None, (folder / "service.log").read_text()[-3000:]
-        return running_service(folder / "data") is not None
-
-    until(up, 120)
-    info = running_service(folder / "data")
-    assert info is not None
-    return process, openai.OpenAI(base_url=f"{info['url']}/v1", api_key="none", max_retries=5)
-
-
-def until(condition: Callable[[], bool], patience_s: float) -> None:
-    deadline = time.monotonic() + patience_s
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.05)
 
 
 def asked(folder: Path) -> list[str]:
@@ -83,9 +44,7 @@ def question(i: int) -> str:
 
 
 def test_a_batch_killed_twice_finishes_every_line_exactly_once(tmp_path: Path) -> None:
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text("{}")
-    process, client = started(tmp_path)
+    process, client = started(tmp_path, CONCURRENCY)
     try:
         lines: list[dict[str, Any]] = [
             {
@@ -110,7 +69,7 @@ def test_a_batch_killed_twice_finishes_every_line_exactly_once(tmp_path: Path) -
             assert len(runs) == len(finished), "a result without its run, or a run without its result"
             assert before.items() <= finished.items()
             answered = len(asked(tmp_path))
-            process, client = started(tmp_path)
+            process, client = started(tmp_path, CONCURRENCY)
             until(lambda: counts(client, batch.id)[0] > mark, 120)  # noqa: B023
             again = asked(tmp_path)[answered:]
             assert not {question(int(name[1:])) for name in finished} & set(again)
