@@ -59,8 +59,8 @@ class FeedbackRequest(About):
     @field_validator("author")
     @classmethod
     def _operators_are_not_self_made(cls, author: str | None) -> str | None:
-        if author is not None and author.casefold().startswith(OPERATOR):
-            raise ValueError(f"author names that begin with {OPERATOR!r} are reserved for the command line")
+        if author is not None and author.casefold().startswith((OPERATOR, "key:")):
+            raise ValueError(f"author names that begin with {OPERATOR!r} or 'key:' are reserved for the service's own")
         return author
 
 
@@ -261,4 +261,4 @@ def list_feedback(
         raise FieldError(exc.errors()[0]["msg"].removeprefix("Value error, "), "trajectory_id") from exc
     runs = runs_of(services.ledger, about, caller_of(request).tenant)
     said = [stored for run in runs for stored in services.ledger.feedback(trajectory_id=run.id)]
-    return {"object": "list", "data": [feedback_object(stored) for stored in said]}
+    return {"object": "list", "data": [feedback_object(stored) for stored in said], "has_more": False}

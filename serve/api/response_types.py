@@ -24,6 +24,16 @@ _KEYS = {
     "function_call": {"type", "id", "call_id", "name", "arguments", "status"},
     "function_call_output": {"type", "id", "call_id", "output", "status"},
 }
+_AS_IN_CHAT = (
+    "temperature",
+    "top_p",
+    "metadata",
+    "user",
+    "safety_identifier",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "service_tier",
+)
 _CHAT_FIELDS = {
     "messages": "input",
     "max_completion_tokens": "max_output_tokens",
@@ -73,6 +83,14 @@ class TextConfig(BaseModel):
     format: TextFormat | None = None
 
 
+class StreamOptions(BaseModel):
+    """OpenAI's `stream_options` of this API: events are not padded."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    include_obfuscation: Literal[False] | None = None
+
+
 class ResponseRequest(BaseModel):
     """`POST /v1/responses`."""
 
@@ -94,7 +112,13 @@ class ResponseRequest(BaseModel):
     background: Literal[False] | None = None
     store: bool | None = None
     stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    include: list[str] | None = Field(default=None, max_length=0)
     user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    service_tier: str | None = None
     nightschool: oai.Extension | None = None
 
     @field_validator("input", mode="before")
@@ -108,13 +132,22 @@ class ResponseRequest(BaseModel):
 
     @field_validator("tool_choice", mode="before")
     @classmethod
-    def _tool_choice_is_a_mode_or_a_function(cls, given: Any) -> Any:
-        if given is None or given in ("none", "auto", "required"):
-            return given
-        named = isinstance(given, dict) and set(given) == {"type", "name"} and given["type"] == "function"
-        if not named or not isinstance(given["name"], str):
-            raise ValueError('expected none, auto, required or {"type": "function", "name": …}')
+    def _tool_choice_is_a_mode_or_functions(cls, given: Any) -> Any:
+        allowed = isinstance(given, dict) and set(given) == {"type", "mode", "tools"}
+        if allowed and given["type"] == "allowed_tools" and isinstance(given["tools"], list):
+            known = all(_is_function(tool) for tool in given["tools"])
+        else:
+            known = given in (None, "none", "auto", "required") or _is_function(given)
+        if not known:
+            raise ValueError("expected none, auto, required, a function by its name, or allowed_tools of functions")
         return given
+
+    @field_validator("nightschool")
+    @classmethod
+    def _only_chat_can_be_watched(cls, said: oai.Extension | None) -> oai.Extension | None:
+        if said is not None and said.watch:
+            raise ValueError("watch: streams of this API cannot be watched; those of chat completions can")
+        return said
 
     @property
     def items(self) -> list[Item]:
@@ -122,6 +155,11 @@ class ResponseRequest(BaseModel):
         if isinstance(self.input, str):
             return [{"type": "message", "role": "user", "content": _parts("user", self.input), "status": "completed"}]
         return self.input
+
+
+def _is_function(choice: Any) -> bool:
+    named = isinstance(choice, dict) and set(choice) == {"type", "name"} and choice["type"] == "function"
+    return named and isinstance(choice["name"], str)
 
 
 def _item(raw: Any, where: str) -> Item:
@@ -147,9 +185,11 @@ def _item(raw: Any, where: str) -> Item:
         return item | {"output": _content(given.get("output"), f"{where}.output")}
     arguments = _text(given, "arguments", where)
     try:
-        json.loads(arguments)
-    except ValueError as exc:
-        raise ValueError(f"{where}.arguments: expected JSON in a string ({exc})") from exc
+        is_object = isinstance(json.loads(arguments), dict)
+    except (ValueError, RecursionError):
+        is_object = False
+    if not is_object:
+        raise ValueError(f"{where}.arguments: expected the text of a JSON object")
     return item | {"name": _text(given, "name", where), "arguments": arguments}
 
 
@@ -194,15 +234,17 @@ def with_ids(items: list[Item]) -> list[Item]:
 
 
 def check_calls(items: list[Item]) -> None:
-    """FieldError unless every result answers a call before it, and every call has its result."""
+    """FieldError unless every result answers a call before it, and every call has its result before anything else."""
     waiting: list[str] = []
     for item in items:
-        if item["type"] == "function_call":
+        if item["type"] == "function_call" and item["call_id"] not in waiting:
             waiting.append(item["call_id"])
-        elif item["type"] == "function_call_output":
-            if item["call_id"] not in waiting:
-                raise FieldError(f"input: no open function call has the call_id {item['call_id']!r}", "input")
+        elif item["type"] == "function_call_output" and item["call_id"] in waiting:
             waiting.remove(item["call_id"])
+        elif item["type"] == "function_call_output":
+            raise FieldError(f"input: no open function call has the call_id {item['call_id']!r}", "input")
+        elif waiting:
+            break
     if waiting:
         raise FieldError(f"input: the function call {waiting[0]!r} has no function_call_output", "input")
 
@@ -230,22 +272,19 @@ def chat_request(request: ResponseRequest, items: list[Item]) -> oai.ChatComplet
         "model": request.model,
         "messages": messages_of(request.instructions, items),
         "max_completion_tokens": request.max_output_tokens,
-        "temperature": request.temperature,
-        "top_p": request.top_p,
-        "metadata": request.metadata,
-        "user": request.user,
         "store": request.store,
+        **{name: getattr(request, name) for name in _AS_IN_CHAT},
         "tools": _chat_tools(request.tools),
         "tool_choice": _chat_tool_choice(request.tool_choice),
         "parallel_tool_calls": request.parallel_tool_calls if request.tools else None,
         "response_format": _chat_format(request.text),
-        "nightschool": request.nightschool.model_dump() if request.nightschool else None,
+        "nightschool": request.nightschool.model_dump(exclude_unset=True) if request.nightschool else None,
     }
     try:
         return oai.ChatCompletionRequest.model_validate({k: v for k, v in fields.items() if v is not None})
     except ValidationError as exc:
         first = exc.errors()[0]
-        name, *rest = (str(part) for part in first["loc"])
+        name, *rest = (str(part) for part in first["loc"] if part != "function")
         param = ".".join([_CHAT_FIELDS.get(name, name), *rest])
         said = first["msg"].removeprefix("Value error, ")
         raise FieldError(f"{param}: {said.replace('messages', 'input')}", param) from exc
@@ -259,7 +298,12 @@ def _chat_tools(tools: list[FunctionTool] | None) -> list[dict[str, Any]] | None
 
 
 def _chat_tool_choice(choice: str | dict[str, Any] | None) -> str | dict[str, Any] | None:
-    return {"type": "function", "function": {"name": choice["name"]}} if isinstance(choice, dict) else choice
+    if not isinstance(choice, dict):
+        return choice
+    if choice["type"] == "allowed_tools":
+        tools = [_chat_tool_choice(tool) for tool in choice["tools"]]
+        return {"type": "allowed_tools", "allowed_tools": {"mode": choice["mode"], "tools": tools}}
+    return {"type": "function", "function": {"name": choice["name"]}}
 
 
 def _chat_format(text: TextConfig | None) -> dict[str, Any] | None:
@@ -345,6 +389,9 @@ def response_object(request: ResponseRequest, run_id: str, created: int) -> dict
         "truncation": "disabled",
         "usage": None,
         "user": request.user,
+        "safety_identifier": request.safety_identifier,
+        "prompt_cache_key": request.prompt_cache_key,
+        "prompt_cache_retention": request.prompt_cache_retention,
     }
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from fastapi import APIRouter, Header, Query, Request
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 
 from agent.tools import check_tools
 from agent.verify import check_verifier
@@ -26,8 +26,17 @@ from serve.api.auth import Caller, Scope, caller_of, requires
 from serve.api.errors import FieldError, describe
 from serve.api.feedback import said_in_metadata
 from serve.api.response_types import Item, ResponseRequest
-from serve.api.runs import RunEvent, TextDelta, ToolCallDelta, answer, run_events, stored_run, trajectory_id
-from serve.api.sse import unless_gone
+from serve.api.runs import (
+    RunEvent,
+    TextDelta,
+    ToolCallDelta,
+    Watched,
+    answer,
+    run_events,
+    stored_run,
+    trajectory_id,
+)
+from serve.api.sse import EventStream, begun, unless_gone
 from serve.wiring import Services
 
 log = logging.getLogger(__name__)
@@ -54,7 +63,7 @@ async def create_response(
     request: Request,
     idempotency_key: str | None = Header(default=None, max_length=255),
 ) -> Any:
-    """Answer, with or without events. Errors before the run are HTTP's, those of a streamed run are events."""
+    """Answer, with or without events. Errors that come at once are HTTP's, later ones of a stream are events."""
     services: Services = request.app.state.services
     asked = await asyncio.to_thread(_asked, services, body, caller_of(request), idempotency_key)
     task = oai.task_of(asked.chat, asked.tenant)
@@ -63,10 +72,9 @@ async def create_response(
     known = stored_run(services, asked.run_id, task) if idempotency_key else None
     run = (services, request.app.state.turnstile, task, asked.chat, asked.run_id, idempotency_key is not None)
     if body.stream:
-        happening = _replayed(known) if known else run_events(*run)
-        events = _events(services, asked, happening)
-        return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-    trajectory = known or await unless_gone(request, answer(*run))
+        fresh = _unwatched(run_events(*run, conversation_id=asked.conversation))
+        return EventStream(_events(services, asked, _replayed(known) if known else await begun(fresh)))
+    trajectory = known or await unless_gone(request, answer(*run, conversation_id=asked.conversation))
     if trajectory is None:
         return JSONResponse({}, 499)
     return JSONResponse(await asyncio.to_thread(_kept, services, asked, trajectory))
@@ -111,6 +119,14 @@ def _kept(services: Services, asked: _Asked, trajectory: Trajectory) -> dict[str
         )
         add_response(database, stored)
         return reply
+
+
+async def _unwatched(happening: AsyncIterator[RunEvent]) -> AsyncIterator[RunEvent]:
+    """A run's events without what the agent does on its way, which this API has no event for."""
+    async with aclosing(happening) as events:  # type: ignore[type-var]
+        async for event in events:
+            if not isinstance(event, Watched):
+                yield event
 
 
 async def _replayed(trajectory: Trajectory) -> AsyncIterator[RunEvent]:

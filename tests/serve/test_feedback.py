@@ -247,7 +247,7 @@ def test_a_word_may_come_in_the_metadata_of_the_responses_api(
         ({"feedback_response_id": None}, "exactly one"),
         ({"feedback_value": None}, "metadata.feedback_value"),
         ({"feedback_kind": "correction", "feedback_value": '[{"role": "assistant", "con'}, "expected JSON"),
-        ({"feedback_kind": "preference", "feedback_value": "[" * 5000}, "expected JSON"),
+        ({"feedback_kind": "preference", "feedback_value": "[" * 500}, "expected JSON"),
     ],
 )
 def test_a_malformed_word_in_the_metadata_is_refused_before_the_run(

@@ -211,14 +211,31 @@ def test_the_reply_is_in_the_ledger_when_the_stream_says_completed(
     pytest.fail("the stream never completed")
 
 
-def test_an_error_in_a_stream_is_a_failed_response(service: tuple[str, Services]) -> None:
-    events = events_of(post(service, input="the engine is away", stream=True))
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(ModelUnavailableError("cannot be reached"), "server_error"), (ContextLengthError("too long"), "invalid_prompt")],
+)
+def test_a_late_error_in_a_stream_is_a_failed_response(
+    service: tuple[str, Services], monkeypatch: pytest.MonkeyPatch, error: Exception, code: str
+) -> None:
+    async def late(*_: object) -> AsyncIterator[str]:
+        yield "Well"
+        raise error
+
+    monkeypatch.setattr(ScriptedModel, "stream", late)
+    events = events_of(post(service, stream=True))
+    assert [e["delta"] for e in events if e["type"] == "response.output_text.delta"] == ["Well"]
     assert events[-1]["type"] == "response.failed"
-    assert events[-1]["response"]["error"]["code"] == "server_error"
-    assert "cannot be reached" in events[-1]["response"]["error"]["message"]
-    events = events_of(post(service, input="this is too long", stream=True))
-    assert events[-1]["response"]["error"]["code"] == "invalid_prompt"
-    assert httpx.get(f"{service[0]}/v1/responses/{events[-1]['response']['id']}").status_code == 404
+    failed = Response.model_validate(events[-1]["response"], strict=True)
+    assert failed.status == "failed"
+    assert failed.error is not None
+    assert (failed.error.code, failed.error.message) == (code, str(error))
+    assert httpx.get(f"{service[0]}/v1/responses/{failed.id}").status_code == 404
+
+
+def test_an_error_that_comes_at_once_has_its_own_status_in_a_stream_too(service: tuple[str, Services]) -> None:
+    assert post(service, input="the engine is away", stream=True).status_code == 503
+    assert post(service, input="this is too long", stream=True).status_code == 400
 
 
 def test_a_run_that_was_cut_is_incomplete(service: tuple[str, Services]) -> None:
@@ -341,6 +358,9 @@ RESULT = {"type": "function_call_output", "call_id": "call_1", "output": "blue"}
         ({"input": [*user("x"), RESULT]}, 400, "call_1"),
         ({"input": [*user("x"), CALL]}, 400, "call_1"),
         ({"input": [*user("x"), {**CALL, "arguments": "{"}, RESULT]}, 400, "input[1].arguments"),
+        ({"input": [*user("x"), {**CALL, "arguments": "[]"}, RESULT]}, 400, "input[1].arguments"),
+        ({"input": [*user("x"), CALL, *user("y"), RESULT]}, 400, "call_1"),
+        ({"input": [*user("x"), CALL, CALL, RESULT]}, 400, "call_1"),
         ({"tools": [{"type": "web_search"}]}, 400, "tools"),
         ({"tool_choice": "sometimes"}, 400, "tool_choice"),
         ({"tool_choice": {"type": "mcp", "server_label": "x"}}, 400, "tool_choice"),
@@ -353,6 +373,12 @@ RESULT = {"type": "function_call_output", "call_id": "call_1", "output": "blue"}
         ({"reasoning": {"effort": "low"}}, 400, "reasoning"),
         ({"conversation": "conv_1"}, 400, "conversation"),
         ({"include": ["message.output_text.logprobs"]}, 400, "include"),
+        ({"stream_options": {"include_obfuscation": True}}, 400, "stream_options"),
+        ({"service_tier": "flex"}, 400, "service_tier"),
+        ({"nightschool": {"watch": True}, "stream": True}, 400, "watch"),
+        ({"tools": [WEATHER], "tool_choice": {"type": "function", "name": "other"}}, 400, "other"),
+        ({"tools": [WEATHER], "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [3]}}, 400, "allowed"),
+        ({"tools": [WEATHER, WEATHER]}, 400, "tools"),
         ({"prompt": {"id": "x"}}, 400, "prompt"),
         ({"previous_response_id": "resp_nope"}, 400, "resp_nope"),
         ({"nightschool": {"tools": ["rm"]}, "model": "nightschool"}, 400, "rm"),
