@@ -107,15 +107,34 @@ def fake_training(job: TrainJob, *_: Any, **__: Any) -> TrainResult:
     return result
 
 
+@dataclass
+class Running:
+    """A service in a thread: where it is, its parts, and its Uvicorn server."""
+
+    url: str
+    services: Services
+    server: Any
+
+
+OPERATOR_TOKEN = "the operator's token"
+
+
 @contextmanager
 def running(settings: Settings, script: Callable[[ChatRequest], str | Exception]) -> Iterator[tuple[str, Services]]:
     """The real app on a real port in a thread, nights included; yields its URL and parts."""
+    with running_server(settings, script) as started:
+        yield started.url, started.services
+
+
+@contextmanager
+def running_server(settings: Settings, script: Callable[[ChatRequest], str | Exception]) -> Iterator[Running]:
+    """As `running`; signals are given by calling the server's `handle_exit`."""
     import uvicorn
 
     from serve import batch_run, durable
     from serve.api.app import create_app
     from serve.night import NightSchool
-    from serve.server import bind
+    from serve.server import bind, drain_first
 
     listener = bind("127.0.0.1", 0)
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -128,8 +147,9 @@ def running(settings: Settings, script: Callable[[ChatRequest], str | Exception]
             nights = NightSchool(services)
             await asyncio.to_thread(nights.resume)
             await asyncio.to_thread(batch_run.resume, services)
-            server = uvicorn.Server(uvicorn.Config(create_app(services, nights), lifespan="off", log_level="error"))
-            server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
+            app = create_app(services, nights, OPERATOR_TOKEN)
+            server = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_level="error"))
+            drain_first(server, app.state.gate, asyncio.get_running_loop())
             held.update(server=server, services=services)
             started.set()
             try:
@@ -151,10 +171,21 @@ def running(settings: Settings, script: Callable[[ChatRequest], str | Exception]
     if "services" not in held:
         raise held["error"]
     try:
-        yield url, held["services"]
+        yield Running(url, held["services"], held["server"])
     finally:
         held["server"].should_exit = True
         thread.join(30)
 
 
-__all__ = ["FakeEngine", "FakeResidency", "announce", "fake_training", "running", "services_in", "settings_in"]
+__all__ = [
+    "OPERATOR_TOKEN",
+    "FakeEngine",
+    "FakeResidency",
+    "Running",
+    "announce",
+    "fake_training",
+    "running",
+    "running_server",
+    "services_in",
+    "settings_in",
+]
