@@ -57,6 +57,11 @@ def benches(settings: Settings) -> dict[str, Bench]:
             "latency added by the plain-model path, against LiteLLM's proxy",
             lambda: lambda: benches_front.gateway(settings),
         ),
+        Bench(
+            "batch",
+            "lines/s of a 10,000-line batch against a fake upstream, and peak memory",
+            lambda: lambda: benches_front.batch(settings),
+        ),
         Bench("swap", "seconds to load, prove, switch and unload an adapter", lambda: lambda: swap(settings)),
     )
 

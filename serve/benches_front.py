@@ -1,4 +1,4 @@
-"""The benchmarks of the front door: `nightschool bench gateway | agent`.
+"""The benchmarks of the front door: `nightschool bench gateway | agent | batch`.
 
 The service is a real process with a real ledger, durable commits and a key; its engine is a fake upstream
 (gateway) or the real one (agent), both reached by `engine.url`. Baselines run beside it, round by round.
@@ -270,3 +270,84 @@ def journaled(data_dir: Path) -> int:
         return ledger.watermark()["trajectory"]
     finally:
         ledger.close()
+
+
+def batch(settings: Settings, lines: int = 10_000, few: int = 1_000) -> BenchResult:
+    """Lines per second of batches against an upstream that answers at once, and the service's peak memory.
+
+    A small batch warms up and sets the mark that the large one's peak is held against.
+    """
+    import httpx
+    import psutil
+
+    from serve.wiring import running_service
+
+    with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
+        folder = Path(temporary)
+        (folder / "model").mkdir()
+        (folder / "model" / "config.json").write_text("{}")
+        straight = stack.enter_context(upstream(folder, 0.0))
+        ours = stack.enter_context(service(folder, straight, str(folder / "model"), scopes=("batch",)))
+        pid = (running_service(folder / "data") or {})["pid"]
+        http = stack.enter_context(
+            httpx.Client(
+                base_url=f"http://127.0.0.1:{ours.port}", headers={"Authorization": f"Bearer {ours.key}"}, timeout=120
+            )
+        )
+        figures: dict[str, Any] = {}
+        for name, model, amount in (
+            ("few", ours.model, few),
+            ("many", ours.model, lines),
+            ("agent", "nightschool", few),
+        ):
+            before = psutil.Process(pid).cpu_times()
+            seconds = _run_batch(http, model, amount)
+            spent = psutil.Process(pid).cpu_times()
+            figures[f"{name}_lines"] = amount
+            figures[f"{name}_lines_per_s"] = round(amount / seconds, 1)
+            figures[f"{name}_cpu_ms_per_line"] = round(
+                (spent.user + spent.system - before.user - before.system) * 1000 / amount, 2
+            )
+            figures[f"{name}_peak_rss_mb"] = _peak_rss_mb(pid)
+        stats = httpx.get(
+            f"http://127.0.0.1:{straight.port}/stats", headers={"Authorization": f"Bearer {straight.key}"}
+        )
+        figures["calls_over_lines"] = stats.json()["chats"] / (lines + 2 * few)
+    figures["peak_rss_many_over_few"] = round(figures["many_peak_rss_mb"] / figures["few_peak_rss_mb"], 3)
+    aims = {"many_lines_per_s": ">= 300", "peak_rss_many_over_few": "<= 1.1", "calls_over_lines": "== 1"}
+    return result("batch", figures, aims)
+
+
+def _run_batch(http: Any, model: str, lines: int) -> float:
+    """Seconds from the batch's creation to its end. EngineError unless every line was completed."""
+    made = (
+        {
+            "custom_id": str(i),
+            "method": "POST",
+            "url": "/v1/chat/completions",
+            "body": {
+                "model": model,
+                "messages": [{"role": "user", "content": f"Question {i}: what is the answer?"}],
+                "max_tokens": 64,
+            },
+        }
+        for i in range(lines)
+    )
+    data = "".join(json.dumps(line) + "\n" for line in made).encode()
+    uploaded = http.post("/v1/files", files={"file": ("lines.jsonl", data)}, data={"purpose": "batch"}).json()
+    body = {"input_file_id": uploaded["id"], "endpoint": "/v1/chat/completions", "completion_window": "24h"}
+    started = time.perf_counter()
+    batch = http.post("/v1/batches", json=body).json()
+    while batch["status"] in ("validating", "in_progress", "finalizing"):
+        time.sleep(0.1)
+        batch = http.get(f"/v1/batches/{batch['id']}").json()
+    seconds = time.perf_counter() - started
+    if batch["status"] != "completed" or batch["request_counts"]["completed"] != lines:
+        raise EngineError(f"the batch ended as {batch['status']} with {batch['request_counts']}")
+    return seconds
+
+
+def _peak_rss_mb(pid: int) -> float:
+    """The most memory that the process has had at once, as the kernel counted it."""
+    status = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return round(next(int(line.split()[1]) for line in status if line.startswith("VmHWM:")) / 1024, 1)
