@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -11,7 +12,9 @@ import openai
 import pytest
 
 from agent.llm import ChatRequest
+from memory.keys import ApiKey, Scope, mint
 from memory.records import Message, Purpose, StopReason, Task, Trajectory
+from serve.settings import ServerConfig
 from serve.wiring import Services
 from tests.serve.fakes import running, settings_in
 
@@ -260,3 +263,19 @@ def test_a_malformed_word_in_the_metadata_is_refused_before_the_run(
         ask(client, metadata=metadata)
     assert said in refused.value.message
     assert len(service[1].ledger.trajectories()) == runs
+
+
+def test_a_key_without_the_scope_brings_no_word_along_either(tmp_path: Path) -> None:
+    settings = settings_in(tmp_path, server=ServerConfig(keys=True))
+    with running(settings, pupil) as (url, services):
+        chatty = mint(services.ledger.database, ApiKey(name="bot", scopes=[Scope.CHAT]))
+        whole = mint(services.ledger.database, ApiKey(name="ann", scopes=[Scope.CHAT, Scope.FEEDBACK]))
+        with openai.OpenAI(base_url=f"{url}/v1", api_key=chatty, max_retries=0) as client:
+            reply = ask(client)
+            word = {"feedback_response_id": reply, "feedback_kind": "score", "feedback_value": "1"}
+            with pytest.raises(openai.PermissionDeniedError):
+                ask(client, metadata=word)
+        with openai.OpenAI(base_url=f"{url}/v1", api_key=whole, max_retries=0) as client:
+            ask(client, metadata=word)
+        (said,) = services.ledger.feedback(trajectory_id=reply.removeprefix("chatcmpl-"))
+        assert said.author == "key:ann"

@@ -18,7 +18,7 @@ from pydantic import TypeAdapter
 from agent.llm import ChatReply, ChatRequest, ScriptedModel
 from memory.errors import ContextLengthError, ModelUnavailableError
 from memory.records import Purpose, StopReason
-from memory.responses import get_response
+from memory.responses import add_response, get_response
 from serve.wiring import Services
 from tests.serve.fakes import running, settings_in
 
@@ -411,3 +411,30 @@ def test_a_retry_with_the_same_key_is_the_same_reply(client: openai.OpenAI) -> N
     assert again.created_at == first.created_at
     with pytest.raises(openai.ConflictError):
         client.responses.create(model="champion", input="Another question", extra_headers=headers)
+
+
+def test_a_streamed_retry_with_the_same_key_says_the_stored_reply_again(service: tuple[str, Services]) -> None:
+    body = {"model": "nightschool", "input": "What is 1 + 2?", "stream": True}
+    first, again = (
+        events_of(httpx.post(f"{service[0]}/v1/responses", json=body, headers={"Idempotency-Key": "r-2"}))
+        for _ in range(2)
+    )
+    assert again[-1]["response"] == first[-1]["response"]
+    assert "".join(e["delta"] for e in again if e["type"] == "response.output_text.delta") == "3"
+
+
+def test_another_tenants_reply_is_not_there(client: openai.OpenAI, service: tuple[str, Services]) -> None:
+    mine = client.responses.create(model="champion", input="Hello")
+    database = service[1].ledger.database
+    theirs = get_response(database, mine.id, tenant="default").model_copy(
+        update={"id": "resp_rival", "tenant": "rival"}
+    )
+    add_response(database, theirs)
+    with pytest.raises(openai.NotFoundError):
+        client.responses.retrieve("resp_rival")
+    with pytest.raises(openai.NotFoundError):
+        client.responses.delete("resp_rival")
+    with pytest.raises(openai.NotFoundError):
+        client.responses.input_items.list("resp_rival")
+    with pytest.raises(openai.BadRequestError, match="resp_rival"):
+        client.responses.create(model="champion", input="And?", previous_response_id="resp_rival")
