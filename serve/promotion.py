@@ -33,7 +33,7 @@ def resolve(ledger: Ledger, model: str) -> tuple[bool, Generation]:
     """
     name, _, suffix = model.partition(":")
     if model in (AGENT_MODEL, CHAMPION_MODEL):
-        return model == AGENT_MODEL, ledger.champion()
+        return model == AGENT_MODEL, ledger.serving()
     found = _GENERATION.fullmatch(suffix if name == AGENT_MODEL else model)
     if found is not None:
         with suppress(NotFoundError):

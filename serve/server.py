@@ -39,7 +39,9 @@ def serve_forever(settings: Settings, *, print_first_key: bool = True) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     for noisy in ("httpx", "LiteLLM", "chromadb", "dbos", "alembic"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    asyncio.run(_serve(settings, listener, print_first_key))
+    import uvloop
+
+    uvloop.run(_serve(settings, listener, print_first_key))
 
 
 def bind(host: str, port: int, *, keys: bool = True) -> socket.socket:

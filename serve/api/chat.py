@@ -65,7 +65,8 @@ async def chat_completions(
     check_tools(task.tools or [])
     check_verifier(task)
     promotion.resolve(services.ledger, body.model)
-    await asyncio.to_thread(said_in_metadata, services.ledger, body.metadata, caller_of(request))
+    if body.metadata:
+        await asyncio.to_thread(said_in_metadata, services.ledger, body.metadata, caller_of(request))
     run_id = trajectory_id(idempotency_key, tenant)
     stored = stored_run(services, run_id, task) if idempotency_key else None
     resumable = idempotency_key is not None
