@@ -14,7 +14,7 @@ from enum import StrEnum
 from typing import Any
 
 from pydantic import Field
-from sqlalchemy import Connection, delete, func, insert, select, update
+from sqlalchemy import Connection, bindparam, delete, func, insert, select, update
 
 from memory import rows
 from memory.database import Database
@@ -22,6 +22,7 @@ from memory.errors import ConflictError
 from memory.files import StoredFile, insert_file
 from memory.journal import add_runs
 from memory.records import Record, Task, Trajectory, new_id, now
+from memory.responses import StoredResponse, insert_response
 from memory.schema import batch_lines as lines_table
 from memory.schema import batches as batches_table
 
@@ -126,12 +127,13 @@ class Line:
 
 @dataclass(frozen=True)
 class LineResult:
-    """What a line came to. `run`: the task and trajectory to be committed with it."""
+    """What a line came to. `run`, `response`: what is to be committed with it."""
 
     number: int
     status: LineStatus
     result: str
     run: tuple[Task, Trajectory] | None = None
+    response: StoredResponse | None = None
 
 
 def line_key(batch_id: str, line: int) -> str:
@@ -269,13 +271,16 @@ def finish_lines(
             if isinstance(error, ConflictError):
                 refused.append((result, error))
         bad = {result.number for result, _ in refused}
-        for result in wanted:
-            if result.number not in bad:
-                connection.execute(
-                    update(table)
-                    .where(table.c.batch_id == batch_id, table.c.line == result.number)
-                    .values(status=result.status.value, result=result.result)
-                )
+        good = [result for result in wanted if result.number not in bad]
+        for result in good:
+            if result.response is not None:
+                insert_response(connection, result.response)
+        if good:
+            settle = update(table).where(table.c.batch_id == batch_id, table.c.line == bindparam("number"))
+            connection.execute(
+                settle.values(status=bindparam("to"), result=bindparam("text")),
+                [{"number": each.number, "to": each.status.value, "text": each.result} for each in good],
+            )
     return refused
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import delete
+from sqlalchemy import Connection, delete
 
 from memory import rows
 from memory.database import Database
@@ -32,9 +32,14 @@ class StoredResponse(Record):
 
 def add_response(database: Database, response: StoredResponse) -> None:
     """Keep a reply; the same one again is left alone, another under its id raises `ConflictError`."""
-    columns = {"tenant": response.tenant, "trajectory_id": response.trajectory_id}
     with database.writing() as connection:
-        rows.add(connection, responses, response, "response", {"id": response.id}, **columns)
+        insert_response(connection, response)
+
+
+def insert_response(connection: Connection, response: StoredResponse) -> None:
+    """`add_response`, within the caller's transaction."""
+    columns = {"tenant": response.tenant, "trajectory_id": response.trajectory_id}
+    rows.add(connection, responses, response, "response", {"id": response.id}, **columns)
 
 
 def get_response(database: Database, response_id: str, *, tenant: str) -> StoredResponse:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,14 @@ from memory.errors import (
     NotFoundError,
 )
 from memory.records import Task, Trajectory
+from memory.responses import StoredResponse
 from serve.api import openai_types as oai
+from serve.api.auth import Caller
 from serve.api.embeddings import EmbeddingRequest, embed
 from serve.api.errors import BusyError, FieldError, describe, error_body, invalid_body
+from serve.api.feedback import METADATA
+from serve.api.response_types import ResponseRequest
+from serve.api.responses import line_reply
 from serve.api.runs import Turnstile, answer
 from serve.wiring import Services
 
@@ -56,20 +61,21 @@ class LineCall:
 
 @dataclass(frozen=True)
 class LineReply:
-    """An endpoint's reply, and the run that is to be committed with it."""
+    """An endpoint's reply, and what is to be committed with it."""
 
     body: dict[str, Any]
     run: tuple[Task, Trajectory] | None = None
+    response: StoredResponse | None = None
 
 
 async def chat_line(call: LineCall) -> LineReply:
     """A chat completion. NightschoolError or pydantic's ValidationError when there is none."""
     request = oai.ChatCompletionRequest.model_validate(call.body)
-    if request.stream:
-        raise FieldError("stream: a batch has no streams; leave it out", "stream")
-    task = oai.task_of(request, call.batch.tenant)
-    given = oai.extension_in(request.nightschool, request.metadata).task_id
-    task = task.model_copy(update={"id": given or f"task_{call.key}", "source": "batch"})
+    _check_line(request.stream, request.metadata)
+    given = request.nightschool
+    named = given.model_copy(update={"task_id": given.task_id or f"task_{call.key}"})
+    request = request.model_copy(update={"nightschool": named})
+    task = oai.task_of(request, call.batch.tenant).model_copy(update={"source": "batch"})
     check_tools(task.tools or [])
     check_verifier(task)
     ran: list[tuple[Task, Trajectory]] = []
@@ -83,6 +89,27 @@ async def chat_line(call: LineCall) -> LineReply:
     return LineReply(oai.completion(trajectory, request.model), ran[0])
 
 
+async def responses_line(call: LineCall) -> LineReply:
+    """A reply of the Responses API, stored with its run."""
+    request = ResponseRequest.model_validate(call.body)
+    _check_line(request.stream, request.metadata)
+    caller = Caller(key_id=call.batch.id, name=call.batch.caller, tenant=call.batch.tenant, scopes=frozenset())
+    ran: list[tuple[Task, Trajectory]] = []
+
+    async def keep(task: Task, trajectory: Trajectory) -> None:
+        ran.append((task, trajectory))
+
+    reply, stored = await line_reply(call.services, call.turnstile, request, caller, call.key, keep)
+    return LineReply(reply, ran[0], stored)
+
+
+def _check_line(stream: bool | None, metadata: Mapping[str, str] | None) -> None:
+    if stream:
+        raise FieldError("stream: a batch has no streams; leave it out", "stream")
+    if any(key.startswith(METADATA) for key in metadata or {}):
+        raise FieldError("metadata: a batch takes no feedback along; send it to /v1/feedback", "metadata")
+
+
 async def embeddings_line(call: LineCall) -> LineReply:
     """Embeddings; they leave no run."""
     request = EmbeddingRequest.model_validate(call.body)
@@ -92,6 +119,7 @@ async def embeddings_line(call: LineCall) -> LineReply:
 
 ENDPOINTS: dict[str, Callable[[LineCall], Awaitable[LineReply]]] = {
     "/v1/chat/completions": chat_line,
+    "/v1/responses": responses_line,
     "/v1/embeddings": embeddings_line,
 }
 """What a batch may be sent to, by path."""
@@ -112,7 +140,7 @@ async def run_line(call: LineCall, line: Line) -> LineResult:
         body = error_body("internal error; the service's log has the details", "server_error")
         return failed_line(call.batch.id, line, 500, body)
     text = _result(call.batch.id, line, {"status_code": 200, "body": reply.body}, None)
-    return LineResult(line.number, LineStatus.COMPLETED, text, reply.run)
+    return LineResult(line.number, LineStatus.COMPLETED, text, reply.run, reply.response)
 
 
 def failed_line(batch_id: str, line: Line, status: int, body: dict[str, Any]) -> LineResult:

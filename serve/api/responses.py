@@ -27,9 +27,11 @@ from serve.api.errors import FieldError, describe
 from serve.api.feedback import said_in_metadata
 from serve.api.response_types import Item, ResponseRequest
 from serve.api.runs import (
+    Keep,
     RunEvent,
     TextDelta,
     ToolCallDelta,
+    Turnstile,
     Watched,
     answer,
     run_events,
@@ -100,25 +102,49 @@ def _asked(services: Services, body: ResponseRequest, caller: Caller, key: str |
     return _Asked(body, chat, tenant, shapes.with_ids(items), conversation, run_id, response)
 
 
+async def line_reply(
+    services: Services, turnstile: Turnstile, body: ResponseRequest, caller: Caller, key: str, keep: Keep
+) -> tuple[dict[str, Any], StoredResponse | None]:
+    """The reply to a line of a batch, and what is to be stored with the run that `keep` is given.
+
+    `key` names task, run and reply: they are the same at every attempt.
+    """
+    asked = await asyncio.to_thread(_asked, services, body, caller, key)
+    task = oai.task_of(asked.chat, asked.tenant)
+    own_id = {"id": f"task_{key}"} if asked.chat.nightschool.task_id is None else {}
+    task = task.model_copy(update={"source": "batch", **own_id})
+    check_tools(task.tools or [])
+    check_verifier(task)
+    trajectory = await answer(
+        services, turnstile, task, asked.chat, asked.run_id, False, keep, conversation_id=asked.conversation
+    )
+    stored = _stored(asked, trajectory)
+    return stored.reply, stored if asked.body.store is not False else None
+
+
 def _kept(services: Services, asked: _Asked, trajectory: Trajectory) -> dict[str, Any]:
     """The finished reply, in the ledger unless the client asked for it not to be stored."""
-    reply = shapes.ended(asked.response, trajectory, int(time.time()))
+    stored = _stored(asked, trajectory)
     if asked.body.store is False:
-        return reply
+        return stored.reply
     database = services.ledger.database
     try:
-        return get_response(database, reply["id"], tenant=asked.tenant).reply
+        return get_response(database, stored.id, tenant=asked.tenant).reply
     except NotFoundError:
-        stored = StoredResponse(
-            id=reply["id"],
-            tenant=asked.tenant,
-            trajectory_id=trajectory.id,
-            conversation_id=asked.conversation,
-            items=asked.items,
-            reply=reply,
-        )
         add_response(database, stored)
-        return reply
+        return stored.reply
+
+
+def _stored(asked: _Asked, trajectory: Trajectory) -> StoredResponse:
+    reply = shapes.ended(asked.response, trajectory, int(time.time()))
+    return StoredResponse(
+        id=reply["id"],
+        tenant=asked.tenant,
+        trajectory_id=trajectory.id,
+        conversation_id=asked.conversation,
+        items=asked.items,
+        reply=reply,
+    )
 
 
 async def _unwatched(happening: AsyncIterator[RunEvent]) -> AsyncIterator[RunEvent]:

@@ -171,6 +171,22 @@ def test_a_batch_runs_every_line_and_scores_it_as_it_lands(
     assert client.files.retrieve(str(done.output_file_id)).purpose == "batch_output"
 
 
+def test_responses_come_in_batches_and_are_stored(client: openai.OpenAI, service: tuple[str, Services]) -> None:
+    path = "/v1/responses"
+    bodies = [
+        {"model": "nightschool", "input": "What is 1 + 2?", "metadata": {"nightschool.reference": "3"}},
+        {"model": "nightschool", "input": "And?", "previous_response_id": "resp_none"},
+        {"model": "nightschool", "input": "Hi", "metadata": {"feedback_kind": "score"}},
+    ]
+    lines = [{"custom_id": str(i), "method": "POST", "url": path, "body": body} for i, body in enumerate(bodies)]
+    done = ended(client, submit(client, lines, path).id)
+    reply = results(client, done.output_file_id)["0"]["response"]["body"]
+    assert client.responses.retrieve(reply["id"]).output_text == "3"
+    refused = results(client, done.error_file_id)
+    assert "previous_response_id" in refused["1"]["response"]["body"]["error"]["message"]
+    assert "/v1/feedback" in refused["2"]["response"]["body"]["error"]["message"]
+
+
 def test_embeddings_come_in_batches_too(client: openai.OpenAI) -> None:
     path = "/v1/embeddings"
     lines = [
