@@ -6,12 +6,13 @@ vectors: what has to reach the index is said by outbox rows, written with the ch
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
 from sqlalchemy import Connection, func, insert, select, update
 
-from memory import rows
+from memory import rows, uses
 from memory.errors import ConflictError, NotFoundError
 from memory.records import (
     MEMORY_TRANSITIONS,
@@ -21,7 +22,8 @@ from memory.records import (
     Principle,
     Task,
 )
-from memory.schema import item_origins, item_uses, items, outbox, tasks, trajectories
+from memory.schema import item_origins, items, outbox, tasks, trajectories
+from memory.uplift import Exposure
 
 Item = Principle | PastRun
 
@@ -30,6 +32,9 @@ MODELS: dict[MemoryKind, type[Principle] | type[PastRun]] = {
     MemoryKind.RUN: PastRun,
 }
 _KINDS = {model: kind for kind, model in MODELS.items()}
+
+RECALLABLE = frozenset({MemoryStatus.ACTIVE, MemoryStatus.INTERNALISED})
+"""What the index holds: an internalised item is looked up, to count how runs go without it, and never shown."""
 
 Model = TypeVar("Model", Principle, PastRun)
 
@@ -46,7 +51,7 @@ class OutboxRow:
 
 @dataclass(frozen=True)
 class ItemText:
-    """What the index needs of an item."""
+    """What the index needs of an item; `active`: it is to be found."""
 
     seq: int
     id: str
@@ -58,10 +63,21 @@ class ItemText:
 
 @dataclass(frozen=True)
 class Candidate:
-    """An active item with what it was made from: task ids and task fingerprints."""
+    """A recallable item, what it was made from (task ids and task fingerprints), and how runs with it went."""
 
     item: Item
     origins: frozenset[str]
+    exposure: Exposure = field(default_factory=Exposure)
+
+
+@dataclass(frozen=True)
+class Change:
+    """One entry of an item's history; `at` in Unix seconds, None before they were noted."""
+
+    seq: int
+    op: Literal["upsert", "delete"]
+    why: str
+    at: int | None
 
 
 def kind_of(item: Item) -> MemoryKind:
@@ -108,8 +124,9 @@ def _origins(connection: Connection, item: Item) -> set[str]:
 
 
 def _announce(connection: Connection, item: Item, why: str) -> None:
-    op = "upsert" if item.status is MemoryStatus.ACTIVE else "delete"
-    connection.execute(insert(outbox).values(item_id=item.id, kind=kind_of(item), op=op, why=why, acked=False))
+    op = "upsert" if item.status in RECALLABLE else "delete"
+    change = {"item_id": item.id, "kind": kind_of(item), "op": op, "why": why, "acked": False, "at": int(time.time())}
+    connection.execute(insert(outbox).values(change))
 
 
 def get(connection: Connection, model: type[Model], item_id: str) -> Model:
@@ -130,28 +147,77 @@ def listing(connection: Connection, model: type[Model], tenant: str | None, stat
 
 def credit_use(connection: Connection, item_id: str, success: bool, use_key: str) -> None:
     """Count a use once per key; raises `NotFoundError`."""
-    item = _any_kind(connection, item_id)
-    used = select(item_uses.c.success).where(item_uses.c.item_id == item_id, item_uses.c.use_key == use_key)
-    if connection.execute(used).one_or_none() is not None:
-        return
-    connection.execute(insert(item_uses).values(item_id=item_id, use_key=use_key, success=success))
-    counted = item.model_copy(update={"uses": item.uses + 1, "successes": item.successes + int(success)})
-    rows.put(connection, items, counted, {"id": item_id})
+    item = any_kind(connection, item_id)
+    uses.count(connection, [uses.Use(item_id, use_key, success)], tenant=item.tenant)
 
 
 def set_status(connection: Connection, item_id: str, status: MemoryStatus, why: str) -> None:
     """Move an item on; a move to where it stands is none. Raises `ConflictError` for an illegal move."""
-    item = _any_kind(connection, item_id)
+    item = any_kind(connection, item_id)
     if item.status is status:
         return
     if status not in MEMORY_TRANSITIONS[item.status]:
         raise ConflictError(f"memory item {item_id!r} is {item.status}: it cannot become {status}")
-    moved = item.model_copy(update={"status": status})
-    rows.put(connection, items, moved, {"id": item_id}, status=status)
-    _announce(connection, moved, why)
+    change(connection, item.model_copy(update={"status": status}), why)
 
 
-def _any_kind(connection: Connection, item_id: str) -> Item:
+def change(connection: Connection, item: Item, why: str) -> None:
+    """Put an item in the place of its former self, with its outbox row. The caller knows that it may change so."""
+    text = item.text if isinstance(item, Principle) else item.question
+    rows.put(connection, items, item, {"id": item.id}, status=item.status, text=text.strip())
+    _announce(connection, item, why)
+
+
+def merge(connection: Connection, winner_id: str, loser_id: str, why: str) -> Item:
+    """Let an item that says the same as another be absorbed by it: sources, origins and judged runs move over.
+
+    The loser stays as a tombstone that names the winner. A repeated call changes nothing. Returns the winner.
+    Raises `NotFoundError`, and `ConflictError` for items of other tenants or kinds, a pinned loser and a status
+    that cannot be merged.
+    """
+    winner, loser = any_kind(connection, winner_id), any_kind(connection, loser_id)
+    if loser.merged_into == winner_id:
+        return winner
+    _may_absorb(winner, loser)
+    known = {row.origin for row in connection.execute(select(item_origins).where(item_origins.c.item_id == winner_id))}
+    theirs = connection.execute(select(item_origins).where(item_origins.c.item_id == loser_id))
+    if origins := [{"item_id": winner_id, "origin": row.origin} for row in theirs if row.origin not in known]:
+        connection.execute(insert(item_origins), origins)
+    more = uses.take_over(connection, winner, loser)
+    grown = {
+        "sources": sorted({*winner.sources, *loser.sources}),
+        "uses": winner.uses + more.n,
+        "successes": winner.successes + more.successes,
+    }
+    merged = winner.model_copy(update=grown)
+    change(connection, merged, f"took over {loser_id}: {why}")
+    absorbed = {"status": MemoryStatus.MERGED, "merged_into": winner_id}
+    change(connection, loser.model_copy(update=absorbed), f"merged into {winner_id}: {why}")
+    return merged
+
+
+def _may_absorb(winner: Item, loser: Item) -> None:
+    alike = winner.tenant == loser.tenant and type(winner) is type(loser)
+    if isinstance(winner, Principle) and isinstance(loser, Principle):
+        alike = alike and winner.kind is loser.kind
+    if not alike or winner.id == loser.id:
+        raise ConflictError(f"memory items {winner.id!r} and {loser.id!r} are not two of one tenant and kind")
+    if loser.pinned:
+        raise ConflictError(f"memory item {loser.id!r} is pinned: unpin it before it is merged")
+    if MemoryStatus.MERGED not in MEMORY_TRANSITIONS[loser.status] or winner.status is MemoryStatus.MERGED:
+        raise ConflictError(
+            f"memory item {loser.id!r} ({loser.status}) cannot be merged into {winner.id!r} ({winner.status})"
+        )
+
+
+def history(connection: Connection, item_id: str) -> list[Change]:
+    """What happened to an item and why, oldest first."""
+    query = select(outbox).where(outbox.c.item_id == item_id).order_by(outbox.c.seq)
+    return [Change(r.seq, r.op, r.why, r.at) for r in connection.execute(query)]
+
+
+def any_kind(connection: Connection, item_id: str) -> Item:
+    """The item of that id, whatever it is; raises `NotFoundError`."""
     found = connection.execute(select(items.c.kind).where(items.c.id == item_id)).scalar_one_or_none()
     if found is None:
         raise NotFoundError(f"no memory item {item_id!r} in the ledger")
@@ -186,14 +252,14 @@ def texts(connection: Connection, ids: list[str]) -> list[ItemText]:
 
 
 def active_texts(connection: Connection, after_seq: int, limit: int) -> list[ItemText]:
-    """A page of all tenants' active items: what an index is rebuilt from."""
-    wanted = items.c.seq > after_seq, items.c.status == MemoryStatus.ACTIVE
+    """A page of all tenants' recallable items: what an index is rebuilt from."""
+    wanted = items.c.seq > after_seq, items.c.status.in_(RECALLABLE)
     return _item_texts(connection, *wanted, limit=limit)
 
 
 def tenant_texts(connection: Connection, kind: MemoryKind, tenant: str) -> list[ItemText]:
-    """All active items of one tenant and kind: what an exact scan compares."""
-    wanted = items.c.tenant == tenant, items.c.kind == kind, items.c.status == MemoryStatus.ACTIVE
+    """All recallable items of one tenant and kind: what an exact scan compares."""
+    wanted = items.c.tenant == tenant, items.c.kind == kind, items.c.status.in_(RECALLABLE)
     return _item_texts(connection, *wanted)
 
 
@@ -201,23 +267,27 @@ def _item_texts(connection: Connection, *wanted: object, limit: int | None = Non
     columns = items.c.seq, items.c.id, items.c.kind, items.c.tenant, items.c.text, items.c.status
     query = select(*columns).where(*wanted).order_by(items.c.seq).limit(limit)  # type: ignore[arg-type]
     return [
-        ItemText(r.seq, r.id, MemoryKind(r.kind), r.tenant, r.text, r.status == MemoryStatus.ACTIVE)
+        ItemText(r.seq, r.id, MemoryKind(r.kind), r.tenant, r.text, r.status in RECALLABLE)
         for r in connection.execute(query)
     ]
 
 
 def candidates(connection: Connection, kind: MemoryKind, tenant: str, ids: list[str]) -> dict[str, Candidate]:
-    """Those of the ids that are this tenant's active items of this kind."""
+    """Those of the ids that are this tenant's recallable items of this kind."""
     wanted = items.c.id.in_(ids), items.c.tenant == tenant, items.c.kind == kind
-    query = select(items.c.body).where(*wanted, items.c.status == MemoryStatus.ACTIVE)
+    query = select(items.c.body).where(*wanted, items.c.status.in_(RECALLABLE))
     found = {item.id: item for item in rows.read(connection, MODELS[kind], query)}
     origins: dict[str, set[str]] = {item_id: set() for item_id in found}
     for row in connection.execute(select(item_origins).where(item_origins.c.item_id.in_(list(found)))):
         origins[row.item_id].add(row.origin)
-    return {item_id: Candidate(item, frozenset(origins[item_id])) for item_id, item in found.items()}
+    measured = {id: sum(by.values(), Exposure()) for id, by in uses.exposures(connection, list(found)).items()}
+    return {
+        item_id: Candidate(item, frozenset(origins[item_id]), measured.get(item_id, Exposure()))
+        for item_id, item in found.items()
+    }
 
 
 def count_active(connection: Connection) -> int:
-    """How many items an index should hold: active ones with a text."""
+    """How many items an index should hold: recallable ones with a text."""
     query = select(func.count()).select_from(items)
-    return connection.execute(query.where(items.c.status == MemoryStatus.ACTIVE, items.c.text != "")).scalar_one()
+    return connection.execute(query.where(items.c.status.in_(RECALLABLE), items.c.text != "")).scalar_one()

@@ -195,6 +195,10 @@ class Recalled(Record):
     """The blended figure it was chosen by."""
     tokens: int
     why: str
+    uplift: float | None = None
+    """What showing it was worth so far, shrunken towards 0; None while too little was measured."""
+    withheld: bool = False
+    """It would have been shown and was not, to measure what runs come to without it."""
 
 
 class Trajectory(Record):
@@ -289,7 +293,11 @@ class PrincipleKind(StrEnum):
 
 
 class MemoryStatus(StrEnum):
-    """The life of a principle or remembered run. Only `active` ones are recalled."""
+    """The life of a principle or remembered run. Only `active` ones are shown.
+
+    `internalised`: the model does as well without it. It is still looked up, and how runs go without it is
+    still counted, so that it returns when a later generation has forgotten.
+    """
 
     ACTIVE = "active"
     MERGED = "merged"
@@ -319,6 +327,10 @@ class Principle(Record):
     sources: list[str] = Field(default_factory=list)
     """Ids of the trajectories it was distilled from."""
     status: MemoryStatus = MemoryStatus.ACTIVE
+    pinned: bool = False
+    """Somebody wants it kept: neither score nor uplift retires it."""
+    merged_into: str | None = None
+    """The item that says the same and took over its evidence."""
     created_at: datetime = Field(default_factory=now)
 
     @property
@@ -343,6 +355,10 @@ class PastRun(Record):
     sources: list[str] = Field(default_factory=list)
     """Ids of the trajectory and, for a corrected one, of the feedback."""
     status: MemoryStatus = MemoryStatus.ACTIVE
+    pinned: bool = False
+    """Somebody wants it kept: neither score nor uplift retires it."""
+    merged_into: str | None = None
+    """The item that says the same and took over its evidence."""
     created_at: datetime = Field(default_factory=now)
 
     @property

@@ -22,6 +22,7 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    false,
     text,
 )
 
@@ -114,8 +115,10 @@ item_uses = Table(
     Column("item_id", String, ForeignKey("memory_items.id"), primary_key=True),
     Column("use_key", String, primary_key=True),
     Column("success", Boolean, nullable=False),
+    Column("withheld", Boolean, nullable=False, server_default=false()),
+    Column("generation", Integer, nullable=True),
 )
-"""Which uses are already counted in an item's `uses` and `successes`."""
+"""The judged runs of an item: shown ones are counted in its `uses` and `successes`, withheld ones are the control."""
 
 outbox = Table(
     "memory_outbox",
@@ -126,10 +129,13 @@ outbox = Table(
     Column("op", String, nullable=False),
     Column("why", Text, nullable=False),
     Column("acked", Boolean, nullable=False),
+    Column("at", BigInteger, nullable=True),
     Index(None, "acked", "seq"),
+    Index(None, "item_id", "seq"),
     sqlite_autoincrement=True,
 )
-"""Every change of what is recallable, in order. Rows stay once acknowledged: the newest names the state."""
+"""Every change of an item, in order, with its reason and Unix time: what the index follows, and the item's history.
+Rows stay once acknowledged: the newest names the state."""
 
 generations = Table(
     "generations",
@@ -279,3 +285,15 @@ responses = Table(
     sqlite_autoincrement=True,
 )
 """Stored replies of the Responses API, with the items that led to them."""
+
+forgotten = Table(
+    "forgotten",
+    metadata,
+    _seq(),
+    Column("id", String, nullable=False, unique=True),
+    Column("tenant", String, nullable=False),
+    Column("finished", Boolean, nullable=False),
+    *_record(),
+    sqlite_autoincrement=True,
+)
+"""What was deleted on somebody's wish: whose, how much, which generations had learned from it. Never the data."""

@@ -179,4 +179,4 @@ def test_two_threads_may_open_the_same_new_ledger(tmp_path: Path):
     for ledger in ledgers:
         ledger.close()
     with create_engine(url).connect() as connection:
-        assert connection.execute(text("SELECT version_num FROM alembic_version")).scalar_one() == "0002"
+        assert connection.execute(text("SELECT version_num FROM alembic_version")).scalar_one() == "0003"
