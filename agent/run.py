@@ -50,6 +50,7 @@ async def run_task(
         tools=offered(tools, task.client_tools),
         run_id=run_id,
         client=tuple(tool for tool in tools_of(task.client_tools) if allowed is None or tool.name in allowed),
+        withhold_share=deps.withhold_share if purpose is Purpose.SERVE else 0.0,
         options=options,
     )
     state, error = await _drive(task, context, run_id)
@@ -109,7 +110,8 @@ async def _drained(states: AsyncIterator[dict[str, Any]]) -> tuple[dict[str, Any
 
 
 async def _judged(task: Task, trajectory: Trajectory) -> Trajectory:
-    if trajectory.stop_reason is StopReason.ERROR or (task.verifier is None and task.reference is None):
+    unfinished = trajectory.stop_reason in (StopReason.ERROR, StopReason.TOOL_CALLS)
+    if unfinished or (task.verifier is None and task.reference is None):
         return trajectory
     try:
         outcome = await asyncio.to_thread(judge_trajectory, task, trajectory)

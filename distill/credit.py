@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from distill.runs import answer_of, corrected_run
+from distill.runs import answer_of, callable_tools, corrected_run
 from distill.snapshot import judged_blindly, score_of
 from memory.errors import VerifierError
 from memory.records import Feedback, FeedbackKind, Outcome, OutcomeSource, Purpose, Task, Trajectory, Trust
@@ -93,7 +93,7 @@ def _judge_correction(
     said: Feedback, trajectory: Trajectory, task: Task, verify: Verify, operator: bool, voices: _Voices
 ) -> tuple[Trust, str]:
     try:
-        answer = answer_of(corrected_run(said.value, task, trajectory.tools))
+        answer = answer_of(corrected_run(said.value, task, callable_tools(trajectory)))
     except ValueError as exc:
         return Trust.REJECTED, f"not a usable correction: {exc}"
     outcome = _verdict(task, answer, verify)
@@ -141,7 +141,7 @@ def _voices(feedback: list[Feedback], runs: Mapping[str, Trajectory], tasks: Map
         if trajectory is None or task is None or trajectory.tenant != said.tenant:
             continue
         try:
-            answer = answer_of(corrected_run(said.value, task, trajectory.tools))
+            answer = answer_of(corrected_run(said.value, task, callable_tools(trajectory)))
         except ValueError:
             continue
         found[_voice_key(said, task, answer)].add(said.author)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from agent.codec import offered
 from memory.records import MALFORMED, RECALLED, Message, Task, Trajectory, text_of
 
 Action = tuple[str, ...]
@@ -52,7 +53,17 @@ def run_of(trajectory: Trajectory, task: Task) -> list[Message] | None:
         if not (reminded and message.get("role") == "user"):
             kept.append(_bare(message))
         reminded = False
-    return None if flaw_of(kept, trajectory.tools) else kept
+    return None if flaw_of(kept, callable_tools(trajectory)) else kept
+
+
+def callable_tools(trajectory: Trajectory) -> list[str]:
+    """The names that a call in this run may have: our tools' and the client's."""
+    return [*trajectory.tools, *(definition["function"]["name"] for definition in trajectory.client_tools)]
+
+
+def rendered_tools(trajectory: Trajectory) -> list[str]:
+    """The same as an example carries them, so that it is rendered as it was served."""
+    return offered(trajectory.tools, trajectory.client_tools)
 
 
 def corrected_run(value: Any, task: Task, tools: list[str]) -> list[Message]:

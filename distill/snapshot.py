@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from distill.near import Questions
-from distill.runs import answer_of, corrected_run
+from distill.runs import answer_of, callable_tools, corrected_run, run_of
 from memory.records import (
     Feedback,
     FeedbackKind,
@@ -39,6 +39,8 @@ class Snapshot:
 
     `held_out` are fingerprints of tasks that must never teach. `held_out_tasks` are the tasks
     themselves where at hand: they also catch near-duplicates, and join `held_out` by themselves.
+    `begun`: runs that ended in a client's tool call. They are no whole runs; what came of them is, in the
+    run that continues them. They are taken out of `trajectories`, as is every run that another continues.
     """
 
     trajectories: list[Trajectory]
@@ -47,14 +49,17 @@ class Snapshot:
     held_out: frozenset[str] = frozenset()
     seed: int = 0
     held_out_tasks: list[Task] = field(default_factory=list)
+    begun: list[Trajectory] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         tenants = {task.id: task.tenant for task in self.tasks.values()}
         serve = {
             t.id: t
-            for t in self.trajectories
+            for t in [*self.begun, *self.trajectories]
             if t.purpose is Purpose.SERVE and tenants.get(t.task_id, t.tenant) == t.tenant
         }
+        continued = {t.continues for t in serve.values()}
+        begun = {id for id, t in serve.items() if t.stop_reason is StopReason.TOOL_CALLS or id in continued}
         trusted = {
             f.id: f
             for f in self.feedback
@@ -63,7 +68,8 @@ class Snapshot:
         held_out_tasks = {t.id: t for t in self.held_out_tasks}
         fingerprints = self.held_out | {t.fingerprint for t in self.held_out_tasks}
         for name, value in (
-            ("trajectories", [serve[id] for id in sorted(serve)]),
+            ("trajectories", [serve[id] for id in sorted(serve.keys() - begun)]),
+            ("begun", [serve[id] for id in sorted(begun)]),
             ("feedback", [trusted[id] for id in sorted(trusted)]),
             ("tasks", {id: self.tasks[id] for id in sorted(self.tasks)}),
             ("held_out_tasks", [held_out_tasks[id] for id in sorted(held_out_tasks)]),
@@ -87,13 +93,16 @@ class Snapshot:
                 continue
             for feedback in corrections_of(trajectory, self.said_of(trajectory)):
                 try:
-                    yield trajectory, task, feedback, corrected_run(feedback.value, task, trajectory.tools)
+                    yield trajectory, task, feedback, corrected_run(feedback.value, task, callable_tools(trajectory))
                 except ValueError:
                     # `credit` rejects these; one trusted by hand in spite of it has nothing to show.
                     continue
 
     def own_successes(self) -> Iterator[tuple[Trajectory, Task, Outcome]]:
-        """The runs that ended in an answer with full marks, by a verifier of answers or by users."""
+        """The runs that ended in an answer with full marks, by a verifier of answers or by users.
+
+        A run that goes on after a client's tool calls comes with the task that its conversation began with.
+        """
         for trajectory in self.trajectories:
             task, outcome = self.tasks.get(trajectory.task_id), self.outcome(trajectory)
             if task is None or outcome is None or trajectory.stop_reason is not StopReason.ANSWER:
@@ -101,7 +110,14 @@ class Snapshot:
             if outcome.by is OutcomeSource.VERIFIER and judged_blindly(task):
                 continue
             if outcome.success and outcome.by in (OutcomeSource.VERIFIER, OutcomeSource.USER):
-                yield trajectory, task, outcome
+                yield trajectory, self._first_task(trajectory, task), outcome
+
+    def _first_task(self, trajectory: Trajectory, task: Task) -> Task:
+        first = trajectory
+        while first.continues in self._begun_by_id:
+            first = self._begun_by_id[first.continues]
+        began = self.tasks.get(first.task_id, task)
+        return began if began is task or run_of(trajectory, began) is not None else task
 
     def held_out_reason(self, task: Task) -> str | None:
         """Why this task must not teach: its id, what it asks, or nearly that; None when it may."""
@@ -119,6 +135,10 @@ class Snapshot:
         for feedback in self.feedback:
             by_run[feedback.trajectory_id].append(feedback)
         return by_run
+
+    @cached_property
+    def _begun_by_id(self) -> dict[str | None, Trajectory]:
+        return {t.id: t for t in self.begun}
 
     @cached_property
     def _held_out_known(self) -> list[Task]:

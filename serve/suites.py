@@ -47,7 +47,8 @@ def held_out_from_days(ledger: Ledger, share: float) -> Suite:
     tasks = ledger.tasks(t.task_id for t in trajectories)
     chosen: dict[str, Task] = {}
     for task in tasks.values():
-        judged = task.verifier is not None or task.reference is not None
+        # A task with tools of a client cannot be judged without that client.
+        judged = (task.verifier is not None or task.reference is not None) and not task.client_tools
         if judged and int(task.fingerprint[:8], 16) / 0xFFFFFFFF < share:
             chosen[task.fingerprint] = task
     if not chosen:

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from distill.runs import action_of, actions_of, attempt_of, by_usefulness, run_of, task_messages
+from distill.runs import action_of, actions_of, attempt_of, by_usefulness, rendered_tools, run_of, task_messages
 from distill.snapshot import Snapshot
 from memory.records import MALFORMED, Example, ExampleKind, Message, StopReason, Task, Trajectory, text_of
 
@@ -50,12 +50,12 @@ def contrast(snapshot: Snapshot) -> Iterator[Example]:
 def _better_runs(snapshot: Snapshot) -> dict[_Question, list[_Better]]:
     found: defaultdict[_Question, list[_Better]] = defaultdict(list)
     for trajectory, task, feedback, run in snapshot.corrections():
-        better = _Better(trajectory.id, run, trajectory.tools, [trajectory.id, feedback.id])
+        better = _Better(trajectory.id, run, rendered_tools(trajectory), [trajectory.id, feedback.id])
         found[task.tenant, task.fingerprint].append(better)
     for trajectory, task, _ in snapshot.own_successes():
         run = run_of(trajectory, task)
         if run is not None:
-            better = _Better(None, run, trajectory.tools, [trajectory.id])
+            better = _Better(None, run, rendered_tools(trajectory), [trajectory.id])
             found[task.tenant, task.fingerprint].append(better)
     for runs in found.values():
         runs.sort(key=lambda b: (b.of is None, by_usefulness(b.run, b.tools), actions_of(b.run), b.sources))
@@ -65,7 +65,7 @@ def _better_runs(snapshot: Snapshot) -> dict[_Question, list[_Better]]:
 def _pair(failed: Trajectory, task: Task, better: _Better) -> Example | None:
     """The pair at the first diverging step; None when the runs never part at an assistant's turn."""
     attempt = attempt_of(failed, task)
-    if attempt is None or set(better.tools) != set(failed.tools):
+    if attempt is None or set(better.tools) != set(rendered_tools(failed)):
         return None
     for step, (bad, good) in enumerate(zip(attempt, better.run, strict=False)):
         roles = (bad.get("role"), good.get("role"))
@@ -86,7 +86,7 @@ def _pair(failed: Trajectory, task: Task, better: _Better) -> Example | None:
             tenant=task.tenant,
             workload=task.workload,
             task_id=task.id,
-            tools=failed.tools,
+            tools=rendered_tools(failed),
             # The better run's prefix: the same actions and results as the failed one's, in clean form.
             messages=task_messages(task) + better.run[:step],
             chosen=[good],

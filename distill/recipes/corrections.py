@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from distill.runs import actions_of, by_usefulness, task_messages
+from distill.runs import actions_of, by_usefulness, rendered_tools, task_messages
 from distill.snapshot import Snapshot
 from memory.records import Example, ExampleKind
 
@@ -25,7 +25,7 @@ def corrections(snapshot: Snapshot) -> Iterator[Example]:
             tenant=task.tenant,
             workload=task.workload,
             task_id=task.id,
-            tools=trajectory.tools,
+            tools=rendered_tools(trajectory),
             messages=task_messages(task) + run,
             sources=[trajectory.id, feedback.id],
         )

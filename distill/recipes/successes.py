@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 
-from distill.runs import actions_of, by_usefulness, run_of, task_messages
+from distill.runs import actions_of, by_usefulness, rendered_tools, run_of, task_messages
 from distill.snapshot import Snapshot, score_of
 from memory.records import Example, ExampleKind, FeedbackKind, OutcomeSource
 
@@ -35,7 +35,7 @@ def successes(snapshot: Snapshot) -> Iterator[Example]:
             tenant=task.tenant,
             workload=task.workload,
             task_id=task.id,
-            tools=trajectory.tools,
+            tools=rendered_tools(trajectory),
             messages=task_messages(task) + run,
             sources=sources,
         )

@@ -68,12 +68,14 @@ async def answer(
     resumable: bool,
     keep: Keep | None = None,
     emit: Emit | None = None,
+    conversation_id: str | None = None,
 ) -> Trajectory:
     """Run the task on the asked-for generation and commit task and trajectory to the ledger.
 
     `resumable`: a run that is killed goes on at its last step when it is asked for again with the same id.
     `keep` commits in the caller's way instead (a batch commits several runs with their lines at once).
-    `emit` hears the run while it goes on.
+    `emit` hears the run while it goes on. `conversation_id`: the caller's name for what the run belongs to,
+    where the request's `metadata` has none.
     A run that ended in an error of the engine or the request raises it; the ledger then has nothing of it.
     """
     with_agent, generation = promotion.resolve(services.ledger, request.model)
@@ -83,7 +85,7 @@ async def answer(
     if not with_agent:
         deps = replace(deps, recaller=NoMemory(), checkpointer=None)
         task = task.model_copy(update={"tools": []})
-    options = await asyncio.to_thread(_options, services, task, request, run_id, emit)
+    options = await _options(services, task, request, run_id, emit, conversation_id)
     async with turnstile.enter(), services.residency.using(generation):
         trajectory = await run_task(
             task,
@@ -101,7 +103,7 @@ async def answer(
     if keep is not None:
         await keep(asked, trajectory)
     else:
-        await asyncio.to_thread(services.ledger.add_run, asked, trajectory)
+        await services.ledger.record(asked, trajectory)
     return trajectory
 
 
@@ -112,13 +114,15 @@ async def run_events(
     request: oai.ChatCompletionRequest,
     run_id: str,
     resumable: bool,
+    conversation_id: str | None = None,
 ) -> AsyncIterator[RunEvent]:
     """`answer`, as it happens. Closing the iterator cancels the run; errors are raised as by `answer`."""
     events: asyncio.Queue[RunEvent | None] = asyncio.Queue()
 
     async def work() -> Trajectory:
         try:
-            return await answer(services, turnstile, task, request, run_id, resumable, emit=events.put_nowait)
+            run = (services, turnstile, task, request, run_id, resumable)
+            return await answer(*run, emit=events.put_nowait, conversation_id=conversation_id)
         finally:
             events.put_nowait(None)
 
@@ -150,12 +154,18 @@ def unsaid(trajectory: Trajectory, said: str = "", calls: bool = False) -> list[
     return events
 
 
-def _options(
-    services: Services, task: Task, request: oai.ChatCompletionRequest, run_id: str, emit: Emit | None
+async def _options(
+    services: Services,
+    task: Task,
+    request: oai.ChatCompletionRequest,
+    run_id: str,
+    emit: Emit | None,
+    conversation_id: str | None,
 ) -> RunOptions:
     own = services.deps.config.tools if task.tools is None else task.tools
-    before = predecessor(services.ledger, task, own)
-    given = (request.metadata or {}).get("conversation_id")
+    before = await asyncio.to_thread(predecessor, services.ledger, task, own) if task.client_tools else None
+    given = (request.metadata or {}).get("conversation_id") or conversation_id
+    # The first run of a conversation with client-side tools cannot know whether another follows.
     follows = before.conversation_id if before else run_id if task.client_tools else None
     return RunOptions(
         emit=emit,

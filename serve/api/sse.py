@@ -15,7 +15,7 @@ T = TypeVar("T")
 POLL_S = 0.5
 """How often a silent client is looked at."""
 
-GRACE_S = 1.0
+GRACE_S = 0.5
 """How long a stream's status line waits for the first event, so that a quick refusal has a status of its own."""
 
 

@@ -27,7 +27,8 @@ WEATHER: dict[str, Any] = {
     },
 }
 
-answers = st.one_of(st.text(), st.text(alphabet="ab()\\n \n\t'\"Action: finish"))
+escapes = st.from_regex(r"([ab]|\\n|\\\\|\\|[()]| |\n)+", fullmatch=True)
+answers = st.one_of(st.text(), escapes, st.text(alphabet="ab()\\n \n\t'\"Action: finish"))
 lines = st.one_of(
     answers,
     answers.map(lambda said: f"Action: finish({said})"),
@@ -83,7 +84,7 @@ def text_of(heard: list[Any]) -> str:
     return "".join(event.text for event in heard if isinstance(event, TextDelta))
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=300)
 @given(
     st.lists(lines, min_size=1, max_size=2),
     st.lists(st.integers(1, 5), min_size=1, max_size=3),
@@ -106,6 +107,7 @@ def test_the_pieces_are_the_answer(
     assert text_of(heard) == (trajectory.answer or "")
 
 
+@settings(max_examples=300)
 @given(lines, st.sampled_from([["calculator"], ["python"], []]))
 def test_what_is_certain_of_an_answer_only_grows(text: str, tools: list[str]) -> None:
     settled = [settled_answer(text[:end], tools) for end in range(len(text) + 1)]
