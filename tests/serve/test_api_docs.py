@@ -15,6 +15,7 @@ from serve.api import batches, chat, embeddings, errors, feedback, files, fine_t
 from serve.api import responses as responses_room
 from serve.api.openai_types import ChatCompletionRequest, Extension
 from serve.api.response_types import ResponseRequest
+from serve.batch_lines import ENDPOINTS
 
 DOCS = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
 ROOMS = (chat, responses_room, models, embeddings, files, batches, feedback, fine_tuning, generations, keys)
@@ -62,3 +63,8 @@ def test_every_field_of_a_request_is_named(model: type[BaseModel]) -> None:
 def test_every_error_code_is_listed() -> None:
     codes = {code for _, _, code in errors._STATUS.values() if code} | set(errors._HTTP_CODES.values())
     assert codes - NAMED == set()
+
+
+def test_every_endpoint_of_a_batch_is_named() -> None:
+    said = DOCS.split("## Batches")[1].split("\n## ")[0]
+    assert [endpoint for endpoint in ENDPOINTS if f"`{endpoint}`" not in said] == []
