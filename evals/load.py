@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import sys
 import time
 from typing import Any, cast
@@ -49,7 +50,7 @@ class LoadResult(BaseModel):
 def percentile(values: list[float], share: float) -> float:
     """The nearest-rank percentile; `share` in 0..1."""
     ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, max(0, round(share * len(ordered) + 0.5) - 1))]
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
 
 
 class _Connection(asyncio.Protocol):

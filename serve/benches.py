@@ -1,4 +1,4 @@
-"""The benchmarks that need the composed service: `nightschool bench engine | train | swap`.
+"""The benchmarks that need the composed service: `nightschool bench engine | train | swap`, and the registry of all.
 
 Each puts its baseline beside it in the same run and reports ratios: machines are noisy.
 """
@@ -18,7 +18,7 @@ from typing import Any
 from evals.bench import Bench, BenchResult, registry, result
 from memory.night_records import Generation, GenerationStatus
 from memory.records import Example, ExampleKind
-from serve import benches_front
+from serve import bench_agent, benches_front
 from serve.settings import Settings
 
 ACTION = r"Action: (calc|finish)\([^\n]{1,60}\)"
@@ -61,6 +61,11 @@ def benches(settings: Settings) -> dict[str, Bench]:
             "batch",
             "lines/s of a 10,000-line batch against a fake upstream, and peak memory",
             lambda: lambda: benches_front.batch(settings),
+        ),
+        Bench(
+            "agent",
+            "tokens/s of a load through the agent against its own calls sent straight to vLLM",
+            lambda: lambda: bench_agent.agent(settings, _engine),
         ),
         Bench("swap", "seconds to load, prove, switch and unload an adapter", lambda: lambda: swap(settings)),
     )
