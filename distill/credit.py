@@ -43,7 +43,7 @@ def credit(
 
     A correction: the task's verifier decides with full marks (trusted) or zero (rejected); otherwise
     it is trusted from an operator (author starting with "operator", or in `operators`) or when a
-    second named author gives the same answer to the same question, and else stays quarantined.
+    second named voice gives the same answer to the same question, and else stays quarantined.
     A score: trusted, unless it contradicts the task's verifier. A hint or a preference: an operator's
     only. A comment is kept and never teaches.
     """
@@ -70,7 +70,7 @@ def credit(
 
 
 _Voices = Mapping[tuple[str, str, str], frozenset[str]]
-"""(tenant, task fingerprint, answer) -> the named authors who gave it."""
+"""(tenant, task fingerprint, answer) -> the voices of the named authors who gave it."""
 
 
 def _judge(
@@ -103,7 +103,7 @@ def _judge_correction(
         return Trust.REJECTED, "the task's verifier gives its answer zero"
     if operator:
         return Trust.TRUSTED, "an operator's correction"
-    others = voices.get(_voice_key(said, task, answer), frozenset()) - {said.author}
+    others = voices.get(_voice_key(said, task, answer), frozenset()) - {said.voice}
     if others and said.author != ANONYMOUS:
         return Trust.TRUSTED, f"{sorted(others)[0]!r} gave the same answer"
     return Trust.QUARANTINED, "no verifier, second author or operator supports it yet"
@@ -144,7 +144,7 @@ def _voices(feedback: list[Feedback], runs: Mapping[str, Trajectory], tasks: Map
             answer = answer_of(corrected_run(said.value, task, callable_tools(trajectory)))
         except ValueError:
             continue
-        found[_voice_key(said, task, answer)].add(said.author)
+        found[_voice_key(said, task, answer)].add(said.voice)
     return {key: frozenset(authors) for key, authors in found.items()}
 
 

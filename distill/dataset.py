@@ -207,7 +207,7 @@ def _capped(
 ) -> list[Example]:
     """The candidates under all caps. Every question's first example goes before anyone's second, in
     an order of questions that only the seed decides: a cap thins the data evenly."""
-    authors = {f.id: (f.tenant, f.author) for f in snapshot.feedback}
+    authors = {f.id: (f.tenant, f.voice) for f in snapshot.feedback}
     of_task: Counter[tuple[str, str, str]] = Counter()
     ranked: list[tuple[int, str, int, Example]] = []
     for position, example in enumerate(candidates):

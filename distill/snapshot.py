@@ -172,7 +172,7 @@ def outcome_of(trajectory: Trajectory, feedback: Iterable[Feedback]) -> Outcome 
         if said.kind is FeedbackKind.CORRECTION and _other_answer(said.value, trajectory.answer):
             score = 0.0
         if score is not None:
-            scores[said.author] = score
+            scores[said.voice] = score
     if not scores:
         return own
     mean = sum(scores.values()) / len(scores)
@@ -188,7 +188,7 @@ def corrections_of(trajectory: Trajectory, feedback: Iterable[Feedback]) -> list
         if said.trajectory_id != trajectory.id or said.trust is not Trust.TRUSTED:
             continue
         if said.kind is FeedbackKind.CORRECTION:
-            last[said.author] = said
+            last[said.voice] = said
     return sorted(last.values(), key=_by_time)
 
 

@@ -51,6 +51,8 @@ class ApiKey(Record):
     """None = no limit."""
     max_concurrent: int | None = Field(default=None, ge=1, le=100_000)
     """Requests of the key at once; None = no limit."""
+    vouches: bool = False
+    """Its holder is an application that knows its users: each author it names has a voice of their own."""
 
     @field_validator("scopes")
     @classmethod

@@ -284,6 +284,12 @@ class Feedback(Record):
     trust_reason: str = "not yet judged"
     created_at: datetime = Field(default_factory=now)
 
+    @property
+    def voice(self) -> str:
+        """Whom the word counts for: a key speaks with one voice, whatever authors its holder names behind it
+        (`key:NAME/AUTHOR`). Other authors, also those whom a vouching key names (`app:NAME/AUTHOR`), are their own."""
+        return self.author.split("/", 1)[0] if self.author.startswith("key:") else self.author
+
 
 class PrincipleKind(StrEnum):
     """EvolveR (arXiv 2510.16079): what to do, learned from successes; what to avoid, from failures."""

@@ -29,6 +29,9 @@ def create(
     expires_in: Annotated[str | None, typer.Option(help="such as 12h, 30d or 4w; default: never")] = None,
     rpm: Annotated[int | None, typer.Option(help="requests per minute; default: no limit")] = None,
     max_concurrent: Annotated[int | None, typer.Option(help="requests at once; default: no limit")] = None,
+    vouches: Annotated[
+        bool, typer.Option("--vouches", help="for an application: the authors it names count as so many voices")
+    ] = False,
 ) -> None:
     """Make a key and print its secret, this once: the ledger keeps a hash."""
     from memory import keys
@@ -41,6 +44,7 @@ def create(
         expires_at=expiry(expires_in),
         requests_per_minute=rpm,
         max_concurrent=max_concurrent,
+        vouches=vouches,
     )
     with _database(context) as database:
         secret = keys.mint(database, key)

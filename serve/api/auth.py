@@ -118,7 +118,7 @@ class Keyring:
             raise InvalidKeyError(f"this API key {what}")
         return Caller(
             key_id=key.id,
-            name=f"key:{key.name}",
+            name=f"{'app' if key.vouches else 'key'}:{key.name}",
             tenant=key.tenant,
             scopes=frozenset(key.scopes),
             requests_per_minute=key.requests_per_minute,

@@ -37,6 +37,7 @@ class KeyRequest(BaseModel):
     expires_in: str | None = None
     requests_per_minute: int | None = None
     max_concurrent: int | None = None
+    vouches: bool = False
 
 
 def new_key(**given: Any) -> ApiKey:
@@ -86,6 +87,7 @@ async def create_key(
         expires_at=expiry(body.expires_in),
         requests_per_minute=body.requests_per_minute,
         max_concurrent=body.max_concurrent,
+        vouches=body.vouches,
     )
     secret = await keyring.change(lambda: keys.mint(_services(request).ledger.database, key))
     return JSONResponse(key_object(key, secret), headers={"Cache-Control": "no-store"})

@@ -48,6 +48,19 @@ def test_two_named_authors_with_the_same_answer_to_the_same_question_support_eac
     assert set(judge(said, [one, two], [OPEN, again]).values()) == {Trust.TRUSTED}
 
 
+def test_a_key_that_names_two_authors_is_one_voice_unless_it_vouches_for_them():
+    run = trajectory(OPEN, [say("?")], score=None)
+
+    def trust(*authors: str) -> set[Trust]:
+        said = [feedback(run, CORRECTION, "2", author, id=f"fb_{i}") for i, author in enumerate(authors)]
+        return set(judge(said, [run], [OPEN]).values())
+
+    assert trust("key:shop/ann", "key:shop/bob") == {Trust.QUARANTINED}
+    assert trust("key:shop", "key:shop/ann") == {Trust.QUARANTINED}
+    assert trust("key:shop/ann", "key:desk/ann") == {Trust.TRUSTED}
+    assert trust("app:shop/ann", "app:shop/bob") == {Trust.TRUSTED}
+
+
 @pytest.mark.parametrize(("authors", "answers"), [(("ann", "ann"), ("2", "2")), (("ann", "bob"), ("2", "3"))])
 def test_one_author_twice_or_two_answers_support_nobody(authors, answers):
     run = trajectory(OPEN, [say("?")], score=None)
