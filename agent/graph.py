@@ -19,7 +19,7 @@ from agent.prompts import compose, showable
 from agent.state import RunContext, RunState
 from agent.tools import call_tool
 from memory.errors import ModelError
-from memory.recall import NoMemory, Recall
+from memory.recall import NoMemory, Recall, withhold
 from memory.records import MALFORMED, RECALLED, Message, Step, StopReason, Task, content_hash
 
 ACTION_OVERHEAD_TOKENS = 12
@@ -71,8 +71,8 @@ async def _recall(state: RunState, runtime: Any) -> dict[str, Any]:
         }
     recaller = context.deps.recaller
     found = Recall() if isinstance(recaller, NoMemory) else await asyncio.to_thread(recaller.recall, task)
-    recall = showable(found, context.tools, task.client_tools)
-    recalled = [item.model_dump(mode="json") for item in recall.items]
+    recall = withhold(showable(found, context.tools, task.client_tools), context.run_id, context.withhold_share)
+    recalled = [item.model_dump(mode="json") for item in (*recall.items, *recall.withheld)]
     _watch(context, {"event": "recall", "recalled": recalled})
     return {"messages": compose(task, context.tools, recall), "recalled": recalled, "steps": [], "reminded": False}
 

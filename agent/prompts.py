@@ -11,7 +11,7 @@ from typing import Any
 from agent.client_tools import fits, signature, tools_of
 from agent.codec import CLIENT, SHORT_NAMES
 from memory.recall import Recall
-from memory.records import RECALLED, Message, PastRun, Task, text_of
+from memory.records import RECALLED, Message, PastRun, Principle, Task, text_of
 
 EXPERIENCE_OPEN = "<experience>"
 EXPERIENCE_CLOSE = "</experience>"
@@ -54,13 +54,19 @@ def system_prompt(
 def showable(recall: Recall, tools: list[str], client_tools: list[dict[str, Any]] | None = None) -> Recall:
     """What of a recall fits this task: a past run that used a tool which is not offered now would mislead."""
     client = tools_of(client_tools or [])
-    runs = [
-        run
-        for run in recall.runs
-        if all(call["function"]["name"] in tools or any(fits(tool, call) for tool in client) for call in _calls(run))
-    ]
-    shown = {run.id for run in runs} | {principle.id for principle in recall.principles}
-    return Recall(items=[item for item in recall.items if item.id in shown], principles=recall.principles, runs=runs)
+
+    def fitting(item: Principle | PastRun) -> bool:
+        calls = _calls(item) if isinstance(item, PastRun) else []
+        return all(call["function"]["name"] in tools or any(fits(tool, call) for tool in client) for call in calls)
+
+    fit = {item.id for item in (*recall.principles, *recall.runs, *recall.unshown) if fitting(item)}
+    return Recall(
+        items=[item for item in recall.items if item.id in fit],
+        principles=recall.principles,
+        runs=[run for run in recall.runs if run.id in fit],
+        withheld=[item for item in recall.withheld if item.id in fit],
+        unshown=[item for item in recall.unshown if item.id in fit],
+    )
 
 
 def _calls(run: PastRun) -> list[dict[str, Any]]:

@@ -47,6 +47,8 @@ class AgentDeps:
     config: AgentConfig = field(default_factory=AgentConfig)
     checkpointer: Any = None
     """A LangGraph checkpointer, or None for runs that are cheaper to repeat than to save."""
+    withhold_share: float = 0.0
+    """Share of the served runs from which a recalled item is withheld, to measure it; evaluations get everything."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class RunContext:
     run_id: str = "traj_0"
     client: tuple[ClientTool, ...] = ()
     """The client's tools that may be called now."""
+    withhold_share: float = 0.0
     options: RunOptions = field(default_factory=RunOptions)
 
     @property

@@ -56,10 +56,45 @@ Then give it as triplets of subject, predicate and object. Reply with exactly th
 Your two lines:
 """
 
+_CONTRAST = """Below are a task and two attempts of an agent. The first solved it, the second did not.
+Write one general lesson in one sentence: what the first did differently that made it work.
+It must help with other tasks of this kind, so name no number, answer or quotation of this one.
+Then give it as triplets of subject, predicate and object. Reply with exactly these two lines:
+[DESCRIPTION]: the sentence
+[STRUCTURE]: [(subject, predicate, object), ...]
+
+The attempt that solved it:
+{won}
+
+The attempt that did not:
+{lost}
+{hints}
+Your two lines:
+"""
+
 _WORDING: dict[PrincipleKind, tuple[str, str]] = {
     PrincipleKind.GUIDING: ("solved the task", "what the agent did that made it work."),
     PrincipleKind.CAUTIONARY: ("did not solve the task", "the mistake to avoid, and what to do instead."),
 }
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What one lesson is to be drawn from: a run, or a success (`trajectory`) against a failure at the same task."""
+
+    trajectory: Trajectory
+    task: Task
+    kind: PrincipleKind
+    against: Trajectory | None = None
+
+    @property
+    def runs(self) -> list[Trajectory]:
+        return [self.trajectory] if self.against is None else [self.trajectory, self.against]
+
+    @property
+    def form(self) -> int:
+        """Contrasts say most and go first, then successes, then failures."""
+        return 0 if self.against is not None else 1 if self.kind is PrincipleKind.GUIDING else 2
 
 
 @dataclass(frozen=True)
@@ -78,10 +113,11 @@ async def distill_principles(
     limit: int = 32,
     concurrency: int = 4,
 ) -> DistilReport:
-    """One lesson for each of at most `limit` runs: guiding from successes, cautionary from failures.
+    """At most `limit` lessons: guiding from successes, cautionary from failures, and guiding from both against each
+    other where one question has both.
 
-    Of a question at most one success and one failure are asked about, workloads in turn, half of each
-    kind where there are enough. Runs that `existing` principles came from and held-out tasks are left
+    Of a question at most one success and one failure are asked about, workloads in turn, and as many of each
+    form where there are enough. Runs that `existing` principles came from and held-out tasks are left
     out. Scores start unused. A reply that cannot be used, or a model call that fails, is counted in
     `dropped`, never stored.
     """
@@ -96,25 +132,27 @@ async def distill_principles(
             except ModelError:
                 return None
 
-    prompts = [_prompt(snapshot, trajectory, task, kind) for trajectory, task, kind in chosen]
+    prompts = [_prompt(snapshot, asked) for asked in chosen]
     replies = await asyncio.gather(*(reply_to(prompt) for prompt in prompts))
 
     dropped: Counter[str] = Counter()
     stored = {(p.tenant, p.kind, normal_text(p.text)) for p in known}
     fresh: dict[tuple[str, PrincipleKind, str], Principle] = {}
-    for (trajectory, task, kind), reply in zip(chosen, replies, strict=True):
+    for asked, reply in zip(chosen, replies, strict=True):
         draft = parse_principle(reply) if reply is not None else Flaw.NO_REPLY
-        if isinstance(draft, Draft):
-            draft = _leak(draft, snapshot, trajectory, task) or draft
+        for run in asked.runs:
+            if isinstance(draft, Draft):
+                draft = _leak(draft, snapshot, run, asked.task) or draft
         if isinstance(draft, Flaw):
             dropped[draft.value] += 1
             continue
+        task, kind, made_from = asked.task, asked.kind, [run.id for run in asked.runs]
         key = (task.tenant, kind, normal_text(draft.text))
         if key in stored:
             dropped[Flaw.KNOWN.value] += 1
         elif key in fresh:
             dropped[Flaw.REPEATED.value] += 1
-            sources = sorted({*fresh[key].sources, trajectory.id})
+            sources = sorted({*fresh[key].sources, *made_from})
             fresh[key] = fresh[key].model_copy(update={"sources": sources})
         else:
             fresh[key] = Principle(
@@ -124,8 +162,8 @@ async def distill_principles(
                 kind=kind,
                 text=draft.text,
                 structure=draft.structure,
-                sources=[trajectory.id],
-                created_at=trajectory.started_at,
+                sources=sorted(made_from),
+                created_at=asked.trajectory.started_at,
             )
     return DistilReport(list(fresh.values()), dict(sorted(dropped.items())))
 
@@ -167,32 +205,41 @@ def past_runs(snapshot: Snapshot, existing: Iterable[PastRun] = ()) -> list[Past
     return [best[key] for key in sorted(best)]
 
 
-def _worth_asking(snapshot: Snapshot, already: set[str], limit: int) -> list[tuple[Trajectory, Task, PrincipleKind]]:
-    """The runs to learn from: kinds in turn, in each kind workloads in turn, one run a question."""
+def _worth_asking(snapshot: Snapshot, already: set[str], limit: int) -> list[_Asked]:
+    """What to learn from: forms in turn, in each form workloads in turn, one run or pair a question."""
     won = {trajectory.id for trajectory, _, _ in snapshot.own_successes()}
-    asked: set[tuple[str, str, PrincipleKind]] = set()
-    groups: defaultdict[tuple[PrincipleKind, str, str], list[tuple[Trajectory, Task]]] = defaultdict(list)
+    by_question: defaultdict[tuple[str, str], dict[PrincipleKind, _Asked]] = defaultdict(dict)
+    single: list[_Asked] = []
     in_order = sorted(snapshot.trajectories, key=lambda t: content_hash([snapshot.seed, t.id]))
     for trajectory in in_order:
         task = snapshot.tasks.get(trajectory.task_id)
         kind = _kind(snapshot, trajectory, trajectory.id in won)
-        if task is None or kind is None or trajectory.id in already:
+        if task is None or kind is None or attempt_of(trajectory, task) is None or snapshot.held_out_reason(task):
             continue
-        if attempt_of(trajectory, task) is None or snapshot.held_out_reason(task):
-            continue
-        question = (task.tenant, task.fingerprint, kind)
-        if question not in asked:
-            asked.add(question)
-            groups[kind, task.tenant, task.workload].append((trajectory, task))
-    by_kind: defaultdict[PrincipleKind, list[tuple[int, str, str, Trajectory, Task]]] = defaultdict(list)
-    for (kind, tenant, workload), runs in groups.items():
-        by_kind[kind] += [(turn, tenant, workload, *run) for turn, run in enumerate(runs)]
-    turns: list[tuple[int, PrincipleKind, Trajectory, Task]] = []
-    for kind, entries in by_kind.items():
+        asked = _Asked(trajectory, task, kind)
+        question = by_question[task.tenant, task.fingerprint]
+        if kind not in question or question[kind].trajectory.id in already:
+            if trajectory.id not in already:
+                single.append(asked)
+            if kind not in question or trajectory.id not in already:
+                question[kind] = asked
+    pairs: list[_Asked] = []
+    for question in by_question.values():
+        win, loss = question.get(PrincipleKind.GUIDING), question.get(PrincipleKind.CAUTIONARY)
+        if win and loss and not {win.trajectory.id, loss.trajectory.id} <= already:
+            pairs.append(_Asked(win.trajectory, win.task, PrincipleKind.GUIDING, against=loss.trajectory))
+    groups: defaultdict[tuple[int, str, str], list[_Asked]] = defaultdict(list)
+    for asked in (*pairs, *single):
+        groups[asked.form, asked.task.tenant, asked.task.workload].append(asked)
+    by_form: defaultdict[int, list[tuple[int, str, str, _Asked]]] = defaultdict(list)
+    for (form, tenant, workload), group in groups.items():
+        by_form[form] += [(turn, tenant, workload, asked) for turn, asked in enumerate(group)]
+    turns: list[tuple[int, int, _Asked]] = []
+    for form, entries in by_form.items():
         entries.sort(key=lambda entry: entry[:3])
-        turns += [(turn, kind, trajectory, task) for turn, (*_, trajectory, task) in enumerate(entries)]
-    turns.sort(key=lambda entry: (entry[0], entry[1] != PrincipleKind.GUIDING))
-    return [(trajectory, task, kind) for _, kind, trajectory, task in turns[:limit]]
+        turns += [(turn, form, asked) for turn, (*_, asked) in enumerate(entries)]
+    turns.sort(key=lambda entry: entry[:2])
+    return [asked for *_, asked in turns[:limit]]
 
 
 def _kind(snapshot: Snapshot, trajectory: Trajectory, won: bool) -> PrincipleKind | None:
@@ -205,19 +252,26 @@ def _kind(snapshot: Snapshot, trajectory: Trajectory, won: bool) -> PrincipleKin
     return None if trajectory.stop_reason in _INFRASTRUCTURE else PrincipleKind.CAUTIONARY
 
 
-def _prompt(snapshot: Snapshot, trajectory: Trajectory, task: Task, kind: PrincipleKind) -> str:
-    verdict, wanted = _WORDING[kind]
-    log = "\n".join(line for message in trajectory.own_messages for line in _told(message))
-    if len(log) > LOG_CHARS:
-        half = LOG_CHARS // 2
-        log = f"{log[:half]}\n…\n{log[-half:]}"
-    secrets = _answers(snapshot, trajectory, task)
-    hints = [
+def _prompt(snapshot: Snapshot, asked: _Asked) -> str:
+    secrets = [answer for run in asked.runs for answer in _answers(snapshot, run, asked.task)]
+    said = [f for run in asked.runs for f in snapshot.said_of(run)]
+    hints = "\n".join(
         f"A user's hint: {_squeeze(f.value)}"
-        for f in snapshot.said_of(trajectory)
+        for f in said
         if f.kind is FeedbackKind.HINT and isinstance(f.value, str) and not _gives_away(f.value, secrets)
-    ]
-    return _PROMPT.format(verdict=verdict, wanted=wanted, log=log, hints="\n".join(hints))
+    )
+    if asked.against is not None:
+        won, lost = _log(asked.trajectory, LOG_CHARS // 2), _log(asked.against, LOG_CHARS // 2)
+        return _CONTRAST.format(won=won, lost=lost, hints=hints)
+    verdict, wanted = _WORDING[asked.kind]
+    return _PROMPT.format(verdict=verdict, wanted=wanted, log=_log(asked.trajectory, LOG_CHARS), hints=hints)
+
+
+def _log(trajectory: Trajectory, chars: int) -> str:
+    """What the agent did, its middle cut out where it is too long."""
+    log = "\n".join(line for message in trajectory.own_messages for line in _told(message))
+    half = chars // 2
+    return log if len(log) <= chars else f"{log[:half]}\n…\n{log[-half:]}"
 
 
 def _told(message: Message) -> list[str]:

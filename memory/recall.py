@@ -10,10 +10,12 @@ as serving does. Age is measured from the task's own time: the same task recalls
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -23,12 +25,16 @@ from memory.errors import ConfigError, IndexUnavailableError
 from memory.index import Index
 from memory.items import Candidate, Item, question_fingerprint
 from memory.ledger import Ledger
-from memory.records import MemoryKind, PastRun, Principle, Recalled, Task, text_of
+from memory.records import MemoryKind, MemoryStatus, PastRun, Principle, Recalled, Task, text_of
+from memory.uplift import shrunken, uplift
 
 log = logging.getLogger(__name__)
 
 FETCH = 16
 """Nearest items looked at first; more when exclusions leave too few."""
+
+RETIRED_SCANNED = 2000
+"""Retired principles, the newest, that a new one is compared with."""
 
 
 class RecallConfig(BaseModel):
@@ -47,17 +53,54 @@ class RecallConfig(BaseModel):
     similarity_weight: float = Field(default=0.7, ge=0.0)
     score_weight: float = Field(default=0.2, ge=0.0)
     recency_weight: float = Field(default=0.1, ge=0.0)
+    uplift_weight: float = Field(default=0.5, ge=0.0)
+    """What a measured uplift, in -1..1 and shrunken towards 0, adds to an item's rank."""
+    min_exposures: int = Field(default=10, ge=1)
+    """Judged runs with an item and without it, each, from which on its uplift counts."""
     half_life_days: float = Field(default=30.0, gt=0.0)
     """Age at which an item's recency is one half."""
+    max_overlap: float = Field(default=0.9, gt=0.0, le=1.0)
+    """Share of words in common above which an item only repeats a better one, and is passed over."""
+    withhold_share: float = Field(default=0.1, ge=0.0, le=1.0)
+    """Share of served runs from which an item is withheld, to measure what it is worth."""
 
 
 @dataclass(frozen=True)
 class Recall:
-    """What was recalled, best first: `items` has the numbers, the other two the records."""
+    """What was recalled, best first: `items` has the numbers, `principles` and `runs` the records.
+
+    `withheld`: what belongs here and is not to be shown (`withhold`, or internalised); `unshown` has its records.
+    """
 
     items: list[Recalled] = field(default_factory=list[Recalled])
     principles: list[Principle] = field(default_factory=list[Principle])
     runs: list[PastRun] = field(default_factory=list[PastRun])
+    withheld: list[Recalled] = field(default_factory=list[Recalled])
+    unshown: list[Item] = field(default_factory=list[Item])
+
+
+def withhold(recall: Recall, run_id: str, share: float) -> Recall:
+    """The recall without those items whose turn it is to be missing from this run; they are in `withheld`.
+
+    Item and run decide, by a hash: the same run asked again goes the same way.
+    """
+
+    def missing(item_id: str) -> bool:
+        digest = hashlib.sha256(f"{run_id}/{item_id}".encode()).digest()
+        return int.from_bytes(digest[:8]) < share * 2**64
+
+    out = {item.id for item in recall.items if missing(item.id)}
+    if not out:
+        return recall
+    gone: list[Item] = [item for item in (*recall.principles, *recall.runs) if item.id in out]
+    return replace(
+        recall,
+        items=[item for item in recall.items if item.id not in out],
+        principles=[item for item in recall.principles if item.id not in out],
+        runs=[item for item in recall.runs if item.id not in out],
+        withheld=[*recall.withheld, *(i.model_copy(update={"withheld": True}) for i in recall.items if i.id in out)],
+        unshown=[*recall.unshown, *gone],
+    )
 
 
 class Recaller(Protocol):
@@ -102,7 +145,7 @@ class Memory:
         self._index = index
         self._config = config
         self._embedder = chosen
-        self._vectors: dict[str, Any] = {}
+        self._vectors: dict[str, Any] = {}  # by text: an item may be reworded
 
     def recall(
         self,
@@ -153,18 +196,41 @@ class Memory:
 
     def _scan(self, kind: MemoryKind, tenant: str, question: str, k: int) -> list[tuple[str, float]]:
         """What the index would answer, from all of the tenant's active items."""
+        texts = {item.id: item.text for item in self._ledger.tenant_texts(kind, tenant) if item.text}
+        return self._similarities(texts, question)[:k]
+
+    def neighbours(self, principle: Principle, *, at_least: float, k: int) -> list[Principle]:
+        """The `k` principles of its tenant and kind nearest to this one, from cosine `at_least` on, nearest first.
+
+        Retired ones are among them: a lesson that was put away does not come back in other words.
+        Raises `LedgerError`, and `ModelError` if the embedder fails.
+        """
+        tenant, asked = principle.tenant, max(FETCH, 8 * k)
+        near = self._nearest(MemoryKind.PRINCIPLE, tenant, principle.text, asked)
+        found = self._ledger.candidates(MemoryKind.PRINCIPLE, tenant, [item_id for item_id, _ in near])
+        known = {item_id: candidate.item for item_id, candidate in found.items()}
+        retired = {p.id: p for p in self._ledger.principles(tenant, MemoryStatus.RETIRED)[-RETIRED_SCANNED:] if p.text}
+        near += self._similarities({item_id: p.text for item_id, p in retired.items()}, principle.text)
+        close: list[Principle] = []
+        for item_id, similarity in sorted(near, key=lambda pair: (-pair[1], pair[0])):
+            item = known.get(item_id) or retired.get(item_id)
+            if similarity >= at_least and isinstance(item, Principle) and item.kind is principle.kind:
+                close.append(item)
+        return [item for item in close if item.id != principle.id][:k]
+
+    def _similarities(self, texts: dict[str, str], question: str) -> list[tuple[str, float]]:
+        """All of the texts (id -> text) with their cosine to the question, nearest first."""
         import numpy as np
 
-        texts = {item.id: item.text for item in self._ledger.tenant_texts(kind, tenant) if item.text}
         if not texts:
             return []
-        new = [item_id for item_id in texts if item_id not in self._vectors]
-        for item_id, vector in zip(new, self._embedder.embed([texts[i] for i in new]), strict=True):
-            self._vectors[item_id] = np.array(vector, dtype=np.float32)
-        ids = list(texts)
-        similarities = np.array([self._vectors[i] for i in ids]) @ np.array(self._embedder.embed([question])[0])
-        best = sorted(zip(ids, similarities.tolist(), strict=True), key=lambda pair: (-pair[1], pair[0]))
-        return best[:k]
+        new = sorted({text for text in texts.values() if text not in self._vectors})
+        for text, vector in zip(new, self._embedder.embed(new), strict=True):
+            self._vectors[text] = np.array(vector, dtype=np.float32)
+        similarities = np.array([self._vectors[t] for t in texts.values()]) @ np.array(
+            self._embedder.embed([question])[0]
+        )
+        return sorted(zip(texts, similarities.tolist(), strict=True), key=lambda pair: (-pair[1], pair[0]))
 
     def _weighed(self, kind: MemoryKind, task: Task, candidate: Candidate, similarity: float) -> Recalled:
         config, item = self._config, candidate.item
@@ -175,6 +241,10 @@ class Memory:
         )
         used = f"succeeded in {item.successes} of {item.uses} uses" if item.uses else "not used yet"
         why = f"similarity {similarity:.2f} to the question, {used}, {days:.0f} days old"
+        worth = shrunken(candidate.exposure, config.min_exposures)
+        if worth is not None and (measured := uplift(candidate.exposure)) is not None:
+            rank += config.uplift_weight * worth
+            why += f", uplift {measured.value:+.2f} ({measured.low:+.2f} to {measured.high:+.2f})"
         return Recalled(
             id=item.id,
             kind=kind,
@@ -184,15 +254,29 @@ class Memory:
             rank=rank,
             tokens=estimate_tokens(item),
             why=why,
+            uplift=worth,
+            withheld=item.status is MemoryStatus.INTERNALISED,
         )
 
     def _within_limits(self, ranked: Iterable[tuple[Recalled, Item]], limits: dict[MemoryKind, int]) -> Recall:
-        """The best-ranked that fit; one that is too long makes room for the next."""
+        """The best-ranked that fit; one that is too long, or repeats a better one, makes room for the next.
+
+        An internalised item takes nobody's place: it is noted where it would have been shown.
+        """
         recall = Recall()
         room, left = self._config.token_budget, dict(limits)
+        said: list[frozenset[str]] = []
         for recalled, item in ranked:
             if not left[recalled.kind] or recalled.tokens > room:
                 continue
+            words = _words(item)
+            if any(_overlap(words, other) > self._config.max_overlap for other in said):
+                continue
+            if recalled.withheld:
+                recall.withheld.append(recalled)
+                recall.unshown.append(item)
+                continue
+            said.append(words)
             left[recalled.kind] -= 1
             room -= recalled.tokens
             recall.items.append(recalled)
@@ -201,6 +285,17 @@ class Memory:
             else:
                 recall.runs.append(item)
         return recall
+
+
+def _words(item: Item) -> frozenset[str]:
+    """What an item says, as a set: numbers count, since puzzles of one form differ in nothing else."""
+    return frozenset(re.findall(r"\w+", (item.text if isinstance(item, Principle) else item.question).casefold()))
+
+
+def _overlap(one: frozenset[str], other: frozenset[str]) -> float:
+    """Jaccard's index (1901)."""
+    together = one | other
+    return len(one & other) / len(together) if together else 1.0
 
 
 def estimate_tokens(item: Item) -> int:
