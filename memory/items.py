@@ -13,6 +13,7 @@ from typing import Literal, TypeVar
 from sqlalchemy import Connection, func, insert, select, update
 
 from memory import rows, uses
+from memory.database import Database
 from memory.errors import ConflictError, NotFoundError
 from memory.records import (
     MEMORY_TRANSITIONS,
@@ -285,6 +286,12 @@ def candidates(connection: Connection, kind: MemoryKind, tenant: str, ids: list[
         item_id: Candidate(item, frozenset(origins[item_id]), measured.get(item_id, Exposure()))
         for item_id, item in found.items()
     }
+
+
+def tenants(database: Database) -> list[str]:
+    """Who has items: for what an operator does to all of them in turn."""
+    with database.reading() as connection:
+        return list(connection.execute(select(items.c.tenant).distinct().order_by(items.c.tenant)).scalars())
 
 
 def count_active(connection: Connection) -> int:

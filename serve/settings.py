@@ -19,6 +19,7 @@ from distill.dataset import DatasetConfig
 from distill.train.config import TrainConfig
 from evals.gate import GateConfig
 from memory.errors import ConfigError
+from memory.life import LifeConfig
 from memory.recall import RecallConfig
 from serve.engine import EngineConfig
 
@@ -98,6 +99,7 @@ class Settings(BaseSettings):
     agent: AgentConfig = Field(default_factory=AgentConfig)
     llm: LLMConfig = Field(default_factory=LLMConfig)
     recall: RecallConfig = Field(default_factory=RecallConfig)
+    life: LifeConfig = Field(default_factory=LifeConfig)
     batch: BatchConfig = Field(default_factory=BatchConfig)
     night: NightConfig = Field(default_factory=NightConfig)
     dataset: DatasetConfig = Field(default_factory=DatasetConfig)

@@ -17,7 +17,8 @@ from agent.prompts import compose
 from agent.verify import verify
 from distill.credit import credit
 from distill.dataset import Dataset, DatasetConfig, build, build_uploaded, read_manifest, write
-from distill.principles import distill_principles, past_runs
+from distill.equivalence import MAX_TOKENS
+from distill.principles import Ask, DistilReport, distill_principles, past_runs
 from distill.rehearsal import RECIPE, Answer, rehearse
 from distill.replay import replay
 from distill.snapshot import Snapshot
@@ -29,10 +30,9 @@ from evals.runner import evaluate
 from evals.suites import Suite
 from memory import files
 from memory.errors import ConflictError, LedgerError, NightschoolError, TrainingError, boundary
-from memory.index import drain
 from memory.night_records import Evaluation, Generation, GenerationStatus, Night, NightStatus
 from memory.records import Example, Message, Purpose, Task, Trajectory
-from serve import promotion
+from serve import lessons, promotion
 from serve.adapters import adapter_sha256
 from serve.events import Emit
 from serve.reports import write_night_report
@@ -145,43 +145,43 @@ def judge_feedback(run: NightRun) -> Output:
     for judgement in credit(feedback, trajectories, tasks, verify):
         ledger.set_trust(judgement.feedback_id, judgement.trust, judgement.reason)
         counts[judgement.trust.value] = counts.get(judgement.trust.value, 0) + 1
-    for trajectory in trajectories:
-        if trajectory.outcome is not None:
-            for item in trajectory.recalled:
-                ledger.credit_use(item.id, trajectory.success, trajectory.id)
+    credited = lessons.credit_runs(run.services, trajectories, ledger.feedback(upto_seq=drawn["upto"]["feedback"]))
     told = ", ".join(f"{count} {trust}" for trust, count in counts.items())
     run.emit("credit", f"feedback judged: {told or 'none new'}", **counts)
-    return {"trust": counts}
+    return {"trust": counts, "credited": credited}
 
 
 def remember(run: NightRun) -> Output:
     """Distil principles and keep successful and corrected runs, in the ledger first, then in the index."""
     if "training_file" in run.night.options:
-        return {"principles": 0, "dropped": {}, "runs": 0}
+        return {"principles": 0, "merged": 0, "dropped": {}, "runs": 0, "moved": {}}
     services, snap = run.services, load_snapshot(run)
-    model = promotion.model_ref(services.ledger.generation(run.done("snapshot")["champion"]))
+    champion = services.ledger.generation(run.done("snapshot")["champion"])
 
-    async def ask(prompt: str, regex: str | None) -> str:
-        sampling = {"temperature": 0.0, "max_tokens": 120}
-        messages = [{"role": "user", "content": prompt}]
-        return (await services.llm.complete(ChatRequest(model.name, messages, sampling, regex))).text
+    def ask(max_tokens: int) -> Ask:
+        async def reply(prompt: str, regex: str | None) -> str:
+            sampling = {"temperature": 0.0, "max_tokens": max_tokens}
+            messages = [{"role": "user", "content": prompt}]
+            name = promotion.model_ref(champion).name
+            return (await services.llm.complete(ChatRequest(name, messages, sampling, regex))).text
 
-    async def distil() -> Any:
-        generation = services.ledger.generation(model.generation)
-        async with services.residency.using(generation):
-            return await distill_principles(
-                snap, ask, services.ledger.principles(), limit=services.settings.night.principles, concurrency=8
-            )
+        return reply
 
-    report = run.wait(distil())
-    for principle in report.principles:
-        services.ledger.add_principle(principle)
+    async def distil() -> tuple[DistilReport, dict[str, int]]:
+        known, limit = services.ledger.principles(), services.settings.night.principles
+        async with services.residency.using(champion):
+            found = await distill_principles(snap, ask(120), known, limit=limit, concurrency=8)
+            return found, await lessons.keep_principles(services, found.principles, ask(MAX_TOKENS))
+
+    report, kept = run.wait(distil())
     runs = past_runs(snap, services.ledger.past_runs())
     for past_run in runs:
         services.ledger.add_past_run(past_run)
-    drain(services.ledger, services.index)
-    run.emit("principles", f"{len(report.principles)} principles, {len(runs)} runs remembered", dropped=report.dropped)
-    return {"principles": len(report.principles), "dropped": report.dropped, "runs": len(runs)}
+    moved = lessons.review_items(services, champion.number)
+    told = f"{kept['added']} principles ({kept['merged']} merged), {len(runs)} runs remembered"
+    run.emit("principles", told, dropped=report.dropped, moved=moved)
+    counts = {"principles": kept["added"], "merged": kept["merged"], "runs": len(runs)}
+    return {**counts, "dropped": report.dropped, "moved": moved}
 
 
 def make_dataset(run: NightRun) -> Output:

@@ -90,7 +90,13 @@ async def build(settings: Settings, on_event: Callable[[str], None] = lambda _: 
         checkpointer = await stack.enter_async_context(_checkpointer(settings.data_dir / "checkpoints.sqlite"))
         llm = EngineClient(engine, settings.llm)
         stack.push_async_callback(llm.close)
-        deps = AgentDeps(llm=llm, recaller=memory, config=settings.agent, checkpointer=checkpointer)
+        deps = AgentDeps(
+            llm=llm,
+            recaller=memory,
+            config=settings.agent,
+            checkpointer=checkpointer,
+            withhold_share=settings.recall.withhold_share,
+        )
         yield Services(settings, ledger, index, memory, engine, residency, llm, deps, asyncio.get_running_loop(), base)
 
 
