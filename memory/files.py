@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
+from typing import BinaryIO
 
 from pydantic import Field
 from sqlalchemy import Connection, delete, select
@@ -197,8 +198,14 @@ def remove(database: Database, folder: Path, file_id: str, *, tenant: str) -> No
 
 
 def read_chunks(folder: Path, stored: StoredFile) -> Iterator[bytes]:
-    """The bytes, a megabyte at a time; LedgerError when they are gone."""
-    with boundary(LedgerError, f"cannot read file {stored.id}"), (folder / stored.id).open("rb") as file:
+    """The bytes, a megabyte at a time; LedgerError, at once, when they are gone."""
+    with boundary(LedgerError, f"cannot read file {stored.id}"):
+        file = (folder / stored.id).open("rb")
+    return _chunks(file)
+
+
+def _chunks(file: BinaryIO) -> Iterator[bytes]:
+    with file:
         while chunk := file.read(CHUNK_BYTES):
             yield chunk
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from dbos import DBOS, DBOSConfig
 
 from memory import files
-from memory.errors import ConfigError, boundary
+from memory.errors import ConfigError
 from serve.wiring import Services
 
 T = TypeVar("T")
@@ -84,9 +84,13 @@ def launch(parts: Services) -> None:
         "application_version": "1",
         "log_level": "WARNING",
     }
-    with boundary(ConfigError, "the workflows' database (durable_url) cannot be used"):
+    try:
         DBOS(config=config)
         DBOS.launch()
+    except Exception as exc:
+        shut_down()
+        why = str(exc).split("\n")[0]
+        raise ConfigError(f"the workflows' database (durable_url) cannot be used: {why}") from exc
 
 
 def shut_down() -> None:
