@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import openai
@@ -88,7 +87,9 @@ def test_a_job_over_an_uploaded_file_trains_on_its_lines_and_names_its_generatio
     assert job.status == "succeeded", job.error
     number = job.to_dict()["nightschool"]["candidate"]  # type: ignore[index]
     assert job.fine_tuned_model == f"nightschool:gen-{number}"
-    assert job.method and job.method.supervised and job.method.supervised.hyperparameters
+    assert job.method
+    assert job.method.supervised
+    assert job.method.supervised.hyperparameters
     assert job.method.supervised.hyperparameters.n_epochs == 3
 
     config = DRAWN[-1].config
@@ -126,7 +127,8 @@ def test_a_job_over_the_ledger_without_experience_fails_and_says_what_to_do(
     job = ended(client, client.fine_tuning.jobs.create(model="nightschool", training_file="ledger").id)
     assert job.status == "failed"
     assert job.fine_tuned_model is None
-    assert job.error and "run more tasks" in job.error.message
+    assert job.error
+    assert "run more tasks" in job.error.message
 
 
 def test_jobs_and_events_are_listed_newest_first_in_pages(service: tuple[openai.OpenAI, Services]) -> None:
