@@ -33,13 +33,10 @@ log = logging.getLogger(__name__)
 class BusyError(NightschoolError):
     """More is asked than the service or the key takes on; try again after `retry_after` seconds."""
 
-    def __init__(
-        self, message: str, retry_after: int = 5, *, code: str | None = None, headers: dict[str, str] | None = None
-    ) -> None:
+    def __init__(self, message: str, retry_after: int = 5, *, code: str | None = None) -> None:
         super().__init__(message)
         self.retry_after = retry_after
         self.code = code
-        self.headers = headers or {}
 
 
 class DrainingError(NightschoolError):
@@ -127,7 +124,7 @@ def reply_to(error: Exception, where: str = "") -> JSONResponse:
         case InvalidKeyError():
             headers = {"WWW-Authenticate": "Bearer"}
         case BusyError():
-            headers = {"Retry-After": str(error.retry_after), **error.headers}
+            headers = {"Retry-After": str(error.retry_after)}
         case IdempotencyInProgressError():
             headers = {"Retry-After": "5"}
         case DrainingError():

@@ -6,7 +6,7 @@ its rate and its concurrency), `BodyLimit`, then `serve.api.idempotency`.
 
 from __future__ import annotations
 
-import logging
+import asyncio
 import math
 import re
 import time
@@ -20,12 +20,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from memory.database import Database
 from memory.records import new_id
-from serve.api.auth import Caller, Keyring
+from serve.api.auth import Keyring
 from serve.api.errors import BusyError, DrainingError, reply_to
 from serve.api.idempotency import Idempotency
 from serve.settings import ServerConfig
-
-log = logging.getLogger(__name__)
 
 FREE = frozenset({"/healthz", "/readyz", "/docs", "/openapi.json"})
 """Paths that need no key and are answered while the service drains."""
@@ -33,6 +31,7 @@ FREE = frozenset({"/healthz", "/readyz", "/docs", "/openapi.json"})
 UPLOAD = ("POST", "/v1/files")
 SANE_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
 MB = 1024 * 1024
+DISCARD_S = 10.0
 
 
 @dataclass
@@ -65,16 +64,16 @@ class Envelope:
         started = time.perf_counter()
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if SANE_ID.fullmatch(given) else new_id("req")
-        scope.setdefault("state", {})["request_id"] = request_id
+        ours = {"x-request-id": request_id}
+        scope.setdefault("state", {}).update(request_id=request_id, reply_headers=ours)
         begun = False
 
         async def stamped(message: Message) -> None:
             nonlocal begun
             if message["type"] == "http.response.start":
                 begun = True
-                headers = MutableHeaders(scope=message)
-                headers["x-request-id"] = request_id
-                headers["openai-processing-ms"] = str(round((time.perf_counter() - started) * 1000))
+                ours["openai-processing-ms"] = str(round((time.perf_counter() - started) * 1000))
+                MutableHeaders(scope=message).update(ours)
             await send(message)
 
         try:
@@ -126,43 +125,35 @@ class Admission:
             await self._app(scope, receive, send)
             return
         usage = self._usage.setdefault(caller.key_id, _Usage(left=caller.requests_per_minute or 0))
-        headers = _spend(usage, caller)
+        if caller.requests_per_minute is not None:
+            # Not by a `send` of its own: refusals further in must carry them too.
+            scope["state"]["reply_headers"].update(_spend(usage, caller.requests_per_minute))
+            if usage.left < 0:
+                usage.left += 1
+                said = f"the key {caller.name!r} has used its {caller.requests_per_minute} requests per minute"
+                seconds = math.ceil((1 - usage.left) * 60 / caller.requests_per_minute)
+                raise BusyError(said, seconds, code="rate_limit_exceeded")
         if caller.max_concurrent is not None and usage.inside >= caller.max_concurrent:
             said = f"the key {caller.name!r} has {usage.inside} requests running, its limit; wait for one to end"
-            raise BusyError(said, 1, code="concurrency_limit_exceeded", headers=headers)
-
-        async def stamped(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(headers)
-            await send(message)
-
+            raise BusyError(said, 1, code="concurrency_limit_exceeded")
         usage.inside += 1
         try:
-            await self._app(scope, receive, stamped)
+            await self._app(scope, receive, send)
         finally:
             usage.inside -= 1
 
 
-def _spend(usage: _Usage, caller: Caller) -> dict[str, str]:
-    """Take one request from the key's bucket; the headers that say what is left. BusyError when it is empty."""
-    limit = caller.requests_per_minute
-    if limit is None:
-        return {}
+def _spend(usage: _Usage, limit: int) -> dict[str, str]:
+    """Take one request from the key's bucket, which holds less than nothing if there was none; what to say of it."""
     now = time.monotonic()
-    usage.left = min(limit, usage.left + (now - usage.at) * limit / 60)
+    usage.left = min(limit, usage.left + (now - usage.at) * limit / 60) - 1
     usage.at = now
-    taken = usage.left >= 1
-    usage.left -= taken
-    headers = {
+    left = max(usage.left, 0)
+    return {
         "x-ratelimit-limit-requests": str(limit),
-        "x-ratelimit-remaining-requests": str(int(usage.left)),
-        "x-ratelimit-reset-requests": _duration((limit - usage.left) * 60 / limit),
+        "x-ratelimit-remaining-requests": str(int(left)),
+        "x-ratelimit-reset-requests": _duration((limit - left) * 60 / limit),
     }
-    if not taken:
-        said = f"the key {caller.name!r} has used its {limit} requests per minute"
-        seconds = math.ceil((1 - usage.left) * 60 / limit)
-        raise BusyError(said, seconds, code="rate_limit_exceeded", headers=headers)
-    return headers
 
 
 def _duration(seconds: float) -> str:
@@ -174,7 +165,7 @@ def _duration(seconds: float) -> str:
 
 
 class BodyLimit:
-    """Refuses bodies above the limit with 413, before they are read where their length is announced."""
+    """Refuses bodies above the limit with 413, before a route sees them where their length is announced."""
 
     def __init__(self, app: ASGIApp, body_mb: int, upload_mb: int) -> None:
         self._app = app
@@ -186,8 +177,11 @@ class BodyLimit:
             await self._app(scope, receive, send)
             return
         limit_mb = self._upload_mb if (scope["method"], scope["path"]) == UPLOAD else self._body_mb
-        announced = Headers(scope=scope).get("content-length", "0")
+        headers = Headers(scope=scope)
+        announced = headers.get("content-length", "0")
         if announced.isdigit() and int(announced) > limit_mb * MB:
+            if "expect" not in headers:
+                await _discard(receive)
             raise _too_large(limit_mb)
         seen = 0
 
@@ -196,13 +190,25 @@ class BodyLimit:
             message = await receive()
             seen += len(message.get("body", b""))
             if seen > limit_mb * MB:
+                if message.get("more_body"):
+                    await _discard(receive)
                 raise _too_large(limit_mb)
             return message
 
         await self._app(scope, counted, send)
 
 
+async def _discard(receive: Receive) -> None:
+    """Read on for a while: a connection closed in the middle of a body would take the reply with it."""
+    try:
+        async with asyncio.timeout(DISCARD_S):
+            while (await receive()).get("more_body"):
+                pass
+    except TimeoutError:
+        return
+
+
 def _too_large(limit_mb: int) -> HTTPException:
-    # An HTTPException because FastAPI turns anything else that reading a body raises into a 400. The rest
-    # of the body stays unread, so the connection cannot be used again.
+    # An HTTPException because FastAPI turns anything else that reading a body raises into a 400. Some of the
+    # body may be unread still, so the connection cannot be used again.
     return HTTPException(413, f"the request body is larger than {limit_mb} MB", {"Connection": "close"})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from collections.abc import Iterator
 from datetime import timedelta
@@ -71,32 +72,18 @@ def test_a_key_opens_what_its_scopes_say_and_the_refusal_names_the_scope(service
         ask(client)
 
 
-@pytest.mark.parametrize(
-    ("method", "path"),
-    [
-        ("POST", "/v1/chat/completions"),
-        ("GET", "/v1/models"),
-        ("POST", "/v1/responses"),
-        ("POST", "/v1/embeddings"),
-        ("POST", "/v1/feedback"),
-        ("POST", "/v1/fine_tuning/jobs"),
-        ("GET", "/v1/generations"),
-        ("POST", "/v1/generations/0/promote"),
-        ("POST", "/v1/generations/rollback"),
-        ("GET", "/v1/evaluations"),
-        ("GET", "/v1/keys"),
-        ("POST", "/v1/keys"),
-        ("GET", "/v1/files"),
-        ("GET", "/v1/batches"),
-    ],
-)
-def test_no_route_is_open_to_a_key_without_its_scope(service: tuple[str, Services], method: str, path: str) -> None:
+def test_no_route_is_open_to_a_key_without_its_scope(service: tuple[str, Services]) -> None:
     url, services = service
-    secret = mint(services, scopes=["memory"])
-    body = {"model": "nightschool", "messages": [{"role": "user", "content": "1 + 2?"}]}
-    reply = httpx.request(method, url + path, json=body if method == "POST" else None, headers=bearer(secret))
-    assert reply.status_code == 403, reply.text
-    assert httpx.request(method, url + path).status_code == 401
+    headers = bearer(mint(services, scopes=["memory"]))
+    open_to_it = [
+        (path, method, reply.status_code)
+        for path, methods in httpx.get(f"{url}/openapi.json").json()["paths"].items()
+        if path.startswith("/v1/") and not path.startswith("/v1/memory")
+        for method in methods
+        for reply in [httpx.request(method.upper(), url + re.sub(r"\{.*?\}", "1", path), json={}, headers=headers)]
+        if reply.status_code != 403
+    ]
+    assert open_to_it == []
 
 
 def test_every_route_but_health_asks_for_a_key(service: tuple[str, Services]) -> None:

@@ -298,7 +298,11 @@ def test_a_key_is_held_to_its_requests_per_minute(guarded: tuple[str, Services])
     assert re.fullmatch(r"(\d+m)?\d+s|\d+ms", replies[2].headers["x-ratelimit-reset-requests"])
     assert 1 <= int(replies[2].headers["retry-after"]) <= 30
     assert replies[2].json()["error"]["code"] == "rate_limit_exceeded"
-    assert httpx.get(f"{url}/v1/models", headers=others).status_code == 200
+    reused = [
+        httpx.post(f"{url}/v1/feedback", json={"n": n}, headers=others | {"Idempotency-Key": "n"}) for n in (1, 2)
+    ]
+    assert [r.status_code for r in reused] == [403, 409]
+    assert reused[1].headers["x-ratelimit-remaining-requests"] == "0"
 
 
 def test_a_used_up_allowance_comes_back_with_time(guarded: tuple[str, Services]) -> None:
