@@ -16,6 +16,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from sqlalchemy import Connection, Table, insert, select
+from sqlalchemy.exc import IntegrityError
 
 from memory import rows
 from memory.database import Database
@@ -24,6 +25,7 @@ from memory.records import Task, Trajectory
 from memory.schema import tasks, trajectories
 
 MAX_GROUP = 256
+_Runs = Sequence[tuple[Task, Trajectory]]
 
 
 @dataclass(frozen=True)
@@ -85,11 +87,12 @@ class Journal:
 
     def _commit(self, group: list[_Entry]) -> None:
         """One transaction; when the database refuses it, one for each, so that none fails for another's sake."""
+        if not group:
+            return
         runs = [(entry.task, entry.trajectory) for entry in group]
         refused: Sequence[Exception | None]
         try:
-            with self._database.writing() as connection:
-                refused = add_runs(connection, runs)
+            refused = self._add_new(runs) or self._add(runs)
         except Exception as exc:
             if len(group) > 1:
                 for entry in group:
@@ -98,6 +101,28 @@ class Journal:
             refused = [exc] * len(group)
         for entry, why in zip(group, refused, strict=True):
             _tell(entry.done, why)
+
+    def _add_new(self, runs: _Runs) -> list[None] | None:
+        """Add runs whose ids are all new, as nearly all are: half the statements. None: nothing was added."""
+        if not all(_belongs(run, task) for task, run in runs):
+            return None
+        try:
+            with self._database.writing() as connection:
+                try:
+                    _insert(connection, [_task_row(task) for task, _ in runs], [_run_row(run) for _, run in runs])
+                except IntegrityError:
+                    raise _KnownError from None
+        except _KnownError:
+            return None
+        return [None] * len(runs)
+
+    def _add(self, runs: _Runs) -> list[NightschoolError | None]:
+        with self._database.writing() as connection:
+            return add_runs(connection, runs)
+
+
+class _KnownError(Exception):
+    """Undoes the transaction, without being an error of the database's."""
 
 
 def _tell(done: Future[None], refused: Exception | None) -> None:
@@ -109,7 +134,7 @@ def _tell(done: Future[None], refused: Exception | None) -> None:
         done.set_exception(refused)
 
 
-def add_runs(connection: Connection, runs: Sequence[tuple[Task, Trajectory]]) -> list[NightschoolError | None]:
+def add_runs(connection: Connection, runs: _Runs) -> list[NightschoolError | None]:
     """Add tasks and their runs with few statements; for each run None, or why it was refused.
 
     A task that is there already, asked again from elsewhere or at another time, is the same task.
@@ -120,18 +145,10 @@ def add_runs(connection: Connection, runs: Sequence[tuple[Task, Trajectory]]) ->
     new_tasks: list[dict[str, Any]] = []
     new_runs: list[dict[str, Any]] = []
     for i, (task, run) in enumerate(runs):
-        task_row = _row(task, tenant=task.tenant, fingerprint=task.fingerprint)
-        run_row = _row(
-            run,
-            task_id=run.task_id,
-            tenant=run.tenant,
-            workload=run.workload,
-            purpose=run.purpose.value,
-            conversation=run.conversation_id,
-        )
+        task_row, run_row = _task_row(task), _run_row(run)
         if not _same_task(known_tasks.get(task.id), task, task_row["body"]):
             refused[i] = ConflictError(f"task {task.id!r} is already in the ledger with other content: use a new id")
-        elif run.task_id != task.id or run.tenant != task.tenant:
+        elif not _belongs(run, task):
             refused[i] = ConflictError(f"trajectory {run.id!r} is not a run of task {task.id!r}")
         elif known_runs.get(run.id, run_row["body"]) != run_row["body"]:
             refused[i] = ConflictError(
@@ -144,11 +161,34 @@ def add_runs(connection: Connection, runs: Sequence[tuple[Task, Trajectory]]) ->
             if run.id not in known_runs:
                 new_runs.append(run_row)
                 known_runs[run.id] = run_row["body"]
+    _insert(connection, new_tasks, new_runs)
+    return refused
+
+
+def _insert(connection: Connection, new_tasks: list[dict[str, Any]], new_runs: list[dict[str, Any]]) -> None:
     if new_tasks:
         connection.execute(insert(tasks), new_tasks)
     if new_runs:
         connection.execute(insert(trajectories), new_runs)
-    return refused
+
+
+def _task_row(task: Task) -> dict[str, Any]:
+    return _row(task, tenant=task.tenant, fingerprint=task.fingerprint)
+
+
+def _run_row(run: Trajectory) -> dict[str, Any]:
+    return _row(
+        run,
+        task_id=run.task_id,
+        tenant=run.tenant,
+        workload=run.workload,
+        purpose=run.purpose.value,
+        conversation=run.conversation_id,
+    )
+
+
+def _belongs(run: Trajectory, task: Task) -> bool:
+    return run.task_id == task.id and run.tenant == task.tenant
 
 
 def _bodies(connection: Connection, table: Table, ids: list[str]) -> dict[str, str]:

@@ -112,3 +112,11 @@ def test_what_is_served_follows_a_switch_at_once(sqlite_ledger: Ledger):
     assert before == sqlite_ledger.champion()
     sqlite_ledger.promote(1, why="better", by="gate")
     assert sqlite_ledger.serving().number == 1
+
+
+def test_a_run_of_another_task_is_refused_also_when_that_task_is_known(ledger: Ledger):
+    known, other = samples.task(), samples.task("What is 4 + 4?")
+    asyncio.run(ledger.record(known, samples.trajectory(known)))
+    with pytest.raises(ConflictError, match="is not a run of task"):
+        asyncio.run(ledger.record(other, samples.trajectory(known)))
+    assert len(ledger.trajectories()) == 1
