@@ -17,12 +17,17 @@ from memory.records import Message
 
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 MAX_PATTERN = 20_000
-"""A longer regex would take the engine long to compile: such a tool's arguments are any JSON object."""
+"""A longer regex would take the engine long to compile: such a tool's arguments are any JSON object.
+
+For the same reason texts, digits and lists are not counted: engines unroll a counted repetition, and nested
+ones multiply (xgrammar: minutes). The schema's own bounds are checked afterwards.
+"""
 
 _DEPTH = 4
-_NUMBER = r"-?(0|[1-9][0-9]{0,15})"
-_FRACTION = r"(\.[0-9]{1,15})?"
-_KEY = r'"[^"\\\n]{1,64}"'
+_NUMBER = r"-?(0|[1-9][0-9]*)"
+_FRACTION = r"(\.[0-9]+)?"
+_KEY = r'"[^"\\\n]+"'
+_CHAR = r'([^"\\\n]|\\["\\/bfnrt])'
 _JSON_TYPES = {"integer": _NUMBER, "number": _NUMBER + _FRACTION, "boolean": "(true|false)", "null": "null"}
 
 
@@ -115,11 +120,11 @@ def signature(tool: ClientTool) -> str:
     return f"{tool.name}({{{', '.join(parts)}}})"
 
 
-def pattern(tool: ClientTool, max_chars: int) -> str:
-    """The regex of the tool's arguments, one JSON object in one line; `max_chars` bounds each text in it."""
+def pattern(tool: ClientTool) -> str:
+    """The regex of the tool's arguments, one JSON object in one line."""
     schema = tool.parameters
-    made = _object(schema, schema, max_chars, _DEPTH)
-    return made if len(made) <= MAX_PATTERN else _any_object(max_chars, 1)
+    made = _object(schema, schema, _DEPTH)
+    return made if len(made) <= MAX_PATTERN else _any_object(1)
 
 
 def _read(text: str) -> Any:
@@ -178,41 +183,40 @@ def _type_name(schema: Any) -> str:
     return " or ".join(kind) if isinstance(kind, list) else str(kind)
 
 
-def _value(schema: Any, whole: dict[str, Any], chars: int, depth: int) -> str:
+def _value(schema: Any, whole: dict[str, Any], depth: int) -> str:
     """The regex of what fits a schema, or of any value where the schema says more than a regex can."""
     if not isinstance(schema, dict) or depth == 0:
-        return _any_value(chars, 0)
+        return _any_value(0)
     if "$ref" in schema:
-        return _value(_resolved(schema["$ref"], whole), whole, chars, depth - 1)
+        return _value(_resolved(schema["$ref"], whole), whole, depth - 1)
     values = schema.get("enum") or ([schema["const"]] if "const" in schema else None)
     if values:
         return f"({'|'.join(_literal(value) for value in values)})"
     options = schema.get("anyOf") or schema.get("oneOf")
     if options:
-        return f"({'|'.join(_value(option, whole, chars, depth - 1) for option in options)})"
+        return f"({'|'.join(_value(option, whole, depth - 1) for option in options)})"
     kind = schema.get("type")
     if isinstance(kind, list) and kind:
-        return f"({'|'.join(_value({**schema, 'type': one}, whole, chars, depth) for one in kind)})"
+        return f"({'|'.join(_value({**schema, 'type': one}, whole, depth) for one in kind)})"
     if kind == "string":
-        return _text(min(chars, int(schema["maxLength"])) if "maxLength" in schema else chars, schema)
+        return _text(least=1 if schema.get("minLength") else 0)
     if kind == "array":
-        item = _value(schema.get("items"), whole, chars, depth - 1)
-        most = min(int(schema.get("maxItems", 20)), 20)
-        some = rf"{item}(, {item}){{0,{max(most - 1, 0)}}}"
+        item = _value(schema.get("items"), whole, depth - 1)
+        some = rf"{item}(, {item})*"
         return rf"\[{some}\]" if schema.get("minItems") else rf"\[({some})?\]"
     if kind == "object":
-        return _object(schema, whole, chars, depth - 1)
-    return _JSON_TYPES.get(str(kind)) or _any_value(chars, 0)
+        return _object(schema, whole, depth - 1)
+    return _JSON_TYPES.get(str(kind)) or _any_value(0)
 
 
-def _object(schema: dict[str, Any], whole: dict[str, Any], chars: int, depth: int) -> str:
+def _object(schema: dict[str, Any], whole: dict[str, Any], depth: int) -> str:
     """An object's properties in one fixed order, the required ones first."""
     properties = schema.get("properties")
     if not properties:
         open_ended = properties is None and schema.get("additionalProperties") is not False
-        return _any_object(chars, 1) if open_ended else r"\{\}"
+        return _any_object(1) if open_ended else r"\{\}"
     required = [name for name in properties if name in (schema.get("required") or ())]
-    pairs = {name: f"{_literal(name)}: {_value(part, whole, chars, depth)}" for name, part in properties.items()}
+    pairs = {name: f"{_literal(name)}: {_value(part, whole, depth)}" for name, part in properties.items()}
     optional = [name for name in properties if name not in required]
     if required:
         body = ", ".join(pairs[name] for name in required) + "".join(f"(, {pairs[name]})?" for name in optional)
@@ -231,21 +235,20 @@ def _resolved(reference: Any, whole: dict[str, Any]) -> Any:
     return found
 
 
-def _text(chars: int, schema: dict[str, Any] | None = None) -> str:
-    least = min(int((schema or {}).get("minLength", 0)), chars)
-    return rf'"([^"\\\n]|\\["\\/bfnrt]){{{least},{chars}}}"'
+def _text(least: int = 0) -> str:
+    return f'"{_CHAR}{"+" if least else "*"}"'
 
 
-def _any_value(chars: int, depth: int) -> str:
-    scalar = f"{_text(chars)}|{_NUMBER}{_FRACTION}|true|false|null"
+def _any_value(depth: int) -> str:
+    scalar = f"{_text()}|{_NUMBER}{_FRACTION}|true|false|null"
     if depth == 0:
         return rf"({scalar}|\[(({scalar})(, ({scalar}))*)?\])"
-    inner = _any_value(chars, depth - 1)
-    return rf"({scalar}|\[({inner}(, {inner})*)?\]|{_any_object(chars, depth - 1)})"
+    inner = _any_value(depth - 1)
+    return rf"({scalar}|\[({inner}(, {inner})*)?\]|{_any_object(depth - 1)})"
 
 
-def _any_object(chars: int, depth: int) -> str:
-    pair = f"{_KEY}: {_any_value(chars, depth)}"
+def _any_object(depth: int) -> str:
+    pair = f"{_KEY}: {_any_value(depth)}"
     return rf"\{{({pair}(, {pair})*)?\}}"
 
 

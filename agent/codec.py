@@ -91,7 +91,7 @@ def grammar(
         return None
     own = [] if answer_only else [name for name in tools if not name.startswith(CLIENT)]
     lines = [rf"{_short(name)[0]}\({_INSIDE.get(name, _FREE)}{{1,{max_chars}}}\)" for name in own]
-    lines += [rf"{tool.name}\({pattern(tool, max_chars)}\)" for tool in client]
+    lines += [rf"{tool.name}\({pattern(tool)}\)" for tool in client]
     if not must_call:
         unbounded = any(name.startswith(CLIENT) for name in tools) and max_chars > MAX_COUNTED
         lines.append(rf"{FINISH}\({_BALANCED}{'+' if unbounded else f'{{1,{max_chars}}}'}\)")
