@@ -9,7 +9,9 @@ One writer at a time on both databases (SQLite: BEGIN IMMEDIATE; PostgreSQL: one
 
 from __future__ import annotations
 
+import sqlite3
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +21,9 @@ from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url, 
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from memory.errors import ConfigError, LedgerError
+
+CHECKPOINT_TRIES = 100
+"""Times a tenth of a second."""
 
 WRITER_LOCK = 0x6E696768
 """PostgreSQL's advisory lock of whoever writes ("nigh")."""
@@ -81,6 +86,38 @@ class Database:
         engine = self.engine.execution_options(writes=True)
         with self._translated(), engine.begin() as connection:
             yield connection
+
+    def compact(self) -> None:
+        """Write the database anew, so that no free page keeps what was deleted. Raises `LedgerError`.
+
+        PostgreSQL's own log keeps it until its segments are recycled.
+        """
+        engine = self.engine.execution_options(isolation_level="AUTOCOMMIT") if not self._sqlite else self.engine
+        with self._translated():
+            if not self._sqlite:
+                with engine.connect() as connection:
+                    connection.execute(text("VACUUM (FULL)"))
+                return
+            # Neither statement runs inside a transaction, and SQLAlchemy's connections always are in one.
+            connection = engine.raw_connection()
+            try:
+                cursor = connection.cursor()
+                cursor.execute("VACUUM")
+                for _ in range(CHECKPOINT_TRIES):
+                    if cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0] == 0:
+                        break
+                    time.sleep(0.1)  # somebody reads an older state still
+                else:
+                    raise LedgerError(f"the ledger {self.place} is read without a pause: try again when it is quieter")
+                cursor.close()
+            except sqlite3.Error as exc:
+                raise LedgerError(f"the ledger {self.place} cannot be compacted: {exc}") from exc
+            finally:
+                connection.close()
+
+    @property
+    def _sqlite(self) -> bool:
+        return self.engine.dialect.name == "sqlite"
 
     def close(self) -> None:
         """Give all connections back."""

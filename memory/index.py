@@ -8,8 +8,11 @@ whatever is lost here is made again from `memory.ledger`, and every answer is ch
 - One process owns the folder (a lock file): Chroma shows a second process stale data or worse.
 - A torn folder can crash a process that opens it, so a child process tries first. A folder that fails
   is moved aside (`FOLDER.broken-…`) and the index starts empty.
-- `ready.json` names the embedder that made the vectors and is written last; without it, or with
-  another embedder's name in it, the index answers nothing until it is rebuilt.
+- A build is a set of collections that one embedder made. `ready.json` names the build that answers; a new one
+  is made beside it, and becomes the one that answers when that file is replaced. So another embedder, or a
+  reindex, costs no answer, as long as the embedder of the old build can still be loaded.
+- Deleted or torn while it is open, the folder is noticed at the next query; then nothing is answered (recall
+  scans the ledger) until `reset` and a rebuild, which `memory.indexer` does in the background.
 """
 
 from __future__ import annotations
@@ -18,18 +21,20 @@ import hashlib
 import json
 import logging
 import os
+import secrets
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import IO, Any
 
 from memory.embed import Embedder
-from memory.errors import IndexUnavailableError, boundary
+from memory.errors import IndexUnavailableError, NightschoolError, boundary
 from memory.ledger import ItemText, Ledger
 from memory.records import MemoryKind
 
@@ -50,24 +55,39 @@ for collection in client.list_collections():
 """Reads every collection as a query would: opening alone does not load the vectors."""
 
 
+@dataclass(frozen=True)
+class Build:
+    """A set of collections, and the embedder that made their vectors."""
+
+    name: str
+    embedder: Embedder
+
+
 class Index:
     """An open Chroma folder. Safe to share between threads; one at a time per folder."""
 
     def __init__(self, folder: Path, embedder: Embedder, client: Any, lock: IO[str], moved_aside: Path | None) -> None:
         self.embedder = embedder
+        """What a rebuild is made with; queries go by the embedder of the build that answers."""
         self.moved_aside = moved_aside
         """Where the folder went that could not be opened; None when all was well."""
+        self.fault: str | None = None
+        """Why Chroma stopped answering; a `reset` is due."""
+        self.wake: Callable[[], None] = _nobody
+        """Tells whoever keeps the index (`memory.indexer`) that there is something to do."""
         self.writing = threading.RLock()
+        self.rebuilding = threading.RLock()
         self._folder = folder
         self._client = client
         self._lock = lock
         self._collections: dict[str, Any] = {}
-        self._ready = _ready_for(folder, embedder)
+        self._build: Build | None = None
 
     @classmethod
-    def open(cls, folder: Path, embedder: Embedder) -> Index:
+    def open(cls, folder: Path, embedder: Embedder, load: Callable[[str], Embedder] | None = None) -> Index:
         """Open or create the index in `folder`.
 
+        `load`: gives an embedder by its name, so that an index made by another one answers until it is rebuilt.
         A broken folder is moved aside, logged, and reported in `moved_aside`; the index then asks for
         a rebuild. Raises `IndexUnavailableError` if another process owns the folder, or if Chroma
         cannot be used at all.
@@ -79,7 +99,9 @@ class Index:
             lock = _own(folder)
             try:
                 moved_aside = _move_aside_if_broken(folder)
-                return cls(folder, embedder, _client(folder), lock, moved_aside)
+                index = cls(folder, embedder, _client(folder), lock, moved_aside)
+                index._build = _standing(folder, embedder, load)
+                return index
             except BaseException:
                 lock.close()
                 raise
@@ -87,21 +109,32 @@ class Index:
     @property
     def needs_rebuild(self) -> bool:
         """The index is new, was broken, or was made by another embedder: see `rebuild`."""
-        return not self._ready
+        return self._build is None or self._build.embedder is not self.embedder
 
-    def upsert(self, kind: MemoryKind, tenant: str, items: list[tuple[str, str]]) -> None:
-        """Add or replace (id, text) items; texts without any word are left out."""
+    @property
+    def state(self) -> str:
+        """`ready`; `rebuilding` while another build is due or made; `broken` with the reason."""
+        if self.fault is not None:
+            return f"broken: {self.fault}"
+        return "rebuilding" if self.needs_rebuild else "ready"
+
+    def upsert(self, kind: MemoryKind, tenant: str, items: list[tuple[str, str]], build: Build | None = None) -> None:
+        """Add or replace (id, text) items; texts without any word are left out.
+
+        `build`: one that is being made, instead of the one that answers.
+        """
         said = {item_id: text for item_id, text in items if text.strip()}
         if not said:
             return
-        vectors = self.embedder.embed(list(said.values()))
+        into = build or self._answering()
+        vectors = into.embedder.embed(list(said.values()))
         with self.writing, self._boundary():
-            self._collection(kind, tenant, create=True).upsert(ids=list(said), embeddings=vectors)
+            self._collection(into, kind, tenant, create=True).upsert(ids=list(said), embeddings=vectors)
 
-    def delete(self, kind: MemoryKind, tenant: str, ids: list[str]) -> None:
+    def delete(self, kind: MemoryKind, tenant: str, ids: list[str], build: Build | None = None) -> None:
         """Take items out; those that are not in are skipped."""
         with self.writing, self._boundary():
-            collection = self._collection(kind, tenant)
+            collection = self._collection(build or self._answering(), kind, tenant)
             if collection is None:
                 return
             if present := collection.get(ids=ids, include=[])["ids"]:
@@ -110,68 +143,116 @@ class Index:
     def query(self, kind: MemoryKind, tenant: str, text: str, k: int) -> list[tuple[str, float]]:
         """The `k` items nearest to `text`, nearest first, with their cosine similarity in -1..1.
 
-        Raises `IndexUnavailableError` while a rebuild is due, and whenever Chroma fails.
+        Raises `IndexUnavailableError` while the index can only be rebuilt, and whenever Chroma fails.
         """
-        if not self._ready:
-            raise IndexUnavailableError(f"the index {self._folder} has to be rebuilt: run the reindex command")
+        build = self._answering()
         if k <= 0 or not text.strip():
             return []
-        vectors = self.embedder.embed([text])
-        with self._boundary():
-            collection = self._collection(kind, tenant)
-            if collection is None:
-                return []
-            found = collection.query(query_embeddings=vectors, n_results=k, include=["distances"])
-            return [(item_id, 1.0 - d) for item_id, d in zip(found["ids"][0], found["distances"][0], strict=True)]
+        vectors = build.embedder.embed([text])
+        try:
+            if not (self._folder / READY).exists():
+                raise IndexUnavailableError(f"the index {self._folder} is gone from the disk")
+            with self._boundary():
+                return self._nearest(build, kind, tenant, vectors, k)
+        except IndexUnavailableError as exc:
+            if self._build is build:
+                self._stop_answering(str(exc))
+                raise
+        return self.query(kind, tenant, text, k)  # it was replaced by a newer build in mid-query
+
+    def _nearest(
+        self, build: Build, kind: MemoryKind, tenant: str, vectors: list[list[float]], k: int
+    ) -> list[tuple[str, float]]:
+        collection = self._collection(build, kind, tenant)
+        if collection is None:
+            return []
+        found = collection.query(query_embeddings=vectors, n_results=k, include=["distances"])
+        return [(item_id, 1.0 - d) for item_id, d in zip(found["ids"][0], found["distances"][0], strict=True)]
+
+    def _answering(self) -> Build:
+        if self._build is None:
+            raise IndexUnavailableError(f"the index {self._folder} has to be rebuilt: run the reindex command")
+        return self._build
+
+    def _stop_answering(self, why: str) -> None:
+        self._build, self.fault = None, why
+        log.warning("the index answers no more and is rebuilt, recall scans the ledger: %s", why)
+        self.wake()
 
     def count(self) -> int:
-        """How many items of all tenants and kinds are in."""
+        """How many items of all tenants and kinds are in the build that answers."""
+        build = self._answering()
         with self._boundary():
-            return sum(collection.count() for collection in self._client.list_collections())
+            return sum(c.count() for c in self._client.list_collections() if c.name.startswith(f"{build.name}-"))
 
-    def clear(self) -> None:
-        """Forget everything; the index then asks for a rebuild."""
+    def begin(self) -> Build:
+        """A new, empty build beside the one that answers; what an earlier attempt left behind goes."""
+        with self.writing:
+            self._drop_others(self._build)
+        maker = hashlib.sha256(json.dumps(_maker(self.embedder)).encode()).hexdigest()
+        return Build(f"{maker[:8]}-{secrets.token_hex(3)}", self.embedder)
+
+    def switch(self, build: Build) -> None:
+        """From now on this build answers, also after a restart; the others are dropped."""
+        with self.writing:
+            with self._boundary():
+                draft = self._folder / f"{READY}.part"
+                draft.write_text(json.dumps({**_maker(build.embedder), "build": build.name}))
+                draft.replace(self._folder / READY)
+            self._build = build
+            with suppress(IndexUnavailableError):  # the next `begin` tries again
+                self._drop_others(build)
+
+    def reset(self) -> None:
+        """After a fault: put what is left of the folder aside and start with an empty one."""
         with self.writing, self._boundary():
-            self._ready = False
-            (self._folder / READY).unlink(missing_ok=True)
+            self._build = None
             self._collections.clear()
-            for collection in self._client.list_collections():
-                self._client.delete_collection(collection.name)
-
-    def mark_ready(self) -> None:
-        """Say that the index holds what the ledger does: written whole or not at all."""
-        with self.writing, self._boundary():
-            draft = self._folder / f"{READY}.part"
-            draft.write_text(json.dumps(_maker(self.embedder)))
-            draft.replace(self._folder / READY)
-            self._ready = True
+            with suppress(Exception):  # what it still held is lost already
+                self._client.close()
+            if self._folder.exists():
+                self.moved_aside = _aside(self._folder)
+                self._folder.rename(self.moved_aside)
+            self._client = _client(self._folder)
+            self.fault = None
 
     def close(self) -> None:
         """Let go of the folder."""
         with self.writing:
-            self._ready = False
+            self._build = None
+            self.wake = _nobody
             self._collections.clear()
             try:
                 self._client.close()
             finally:
                 self._lock.close()
 
-    def _collection(self, kind: MemoryKind, tenant: str, create: bool = False) -> Any:
+    def _drop_others(self, kept: Build | None) -> None:
+        with self._boundary():
+            for collection in self._client.list_collections():
+                if kept is None or not collection.name.startswith(f"{kept.name}-"):
+                    self._client.delete_collection(collection.name)
+            self._collections.clear()
+
+    def _collection(self, build: Build, kind: MemoryKind, tenant: str, create: bool = False) -> Any:
         """The tenant's collection of this kind; None where nothing was ever added."""
-        name = f"{kind}-{hashlib.sha256(tenant.encode('utf-8', 'surrogatepass')).hexdigest()[:40]}"
-        if name not in self._collections:
+        name = f"{build.name}-{kind}-{hashlib.sha256(tenant.encode('utf-8', 'surrogatepass')).hexdigest()[:32]}"
+        found = self._collections.get(name)
+        if found is None:
             if create:
                 configuration = {"hnsw": {"space": "cosine"}}
-                made = self._client.get_or_create_collection(name, configuration=configuration, embedding_function=None)
+                found = self._client.get_or_create_collection(
+                    name, configuration=configuration, embedding_function=None
+                )
             else:
                 from chromadb.errors import NotFoundError
 
                 try:
-                    made = self._client.get_collection(name, embedding_function=None)
+                    found = self._client.get_collection(name, embedding_function=None)
                 except NotFoundError:
                     return None
-            self._collections[name] = made
-        return self._collections[name]
+            self._collections[name] = found
+        return found
 
     def _boundary(self) -> AbstractContextManager[None]:
         return _translated(f"the index {self._folder} failed")
@@ -181,10 +262,11 @@ def drain(ledger: Ledger, index: Index, batch: int = 256) -> int:
     """Let the index follow the ledger's outbox; returns how many changes it followed.
 
     Changes are acknowledged once they are in, and what is written is how an item stands now, so a
-    drain that dies is simply done again. An index that asks for a rebuild gets one.
+    drain that dies is simply done again. An index that asks for a rebuild gets one first.
     """
-    if index.needs_rebuild:
-        rebuild(ledger, index, batch)
+    with index.rebuilding:
+        if index.needs_rebuild:
+            rebuild(ledger, index, batch)
     followed = 0
     with index.writing:
         while changes := ledger.outbox(batch):
@@ -195,19 +277,32 @@ def drain(ledger: Ledger, index: Index, batch: int = 256) -> int:
 
 
 def rebuild(ledger: Ledger, index: Index, batch: int = 256) -> int:
-    """Make the index anew from the ledger's active items; returns how many it holds.
+    """Make the index anew from the ledger's recallable items; returns how many it holds.
 
-    Meanwhile the index answers no query, and recall scans the ledger.
+    Meanwhile the old build, if there is one, answers and follows the outbox.
     """
-    with index.writing:
-        index.clear()
-        upto = ledger.memory_watermark()
+    with index.rebuilding:
+        if index.fault is not None:
+            index.reset()
+        build = index.begin()
+        upto = int(ledger.memory_watermark() or 0)
         for page in _pages(ledger, batch):
-            _write(index, page)
-        if upto:
-            ledger.ack_outbox(int(upto))
-        index.mark_ready()
-        return index.count()
+            _write(index, page, build)
+        # What changed meanwhile: most of it while others may write, the rest while nobody does.
+        upto = _catch_up(ledger, index, build, upto, batch)
+        with index.writing:
+            upto = _catch_up(ledger, index, build, upto, batch)
+            if upto:
+                ledger.ack_outbox(upto)
+            index.switch(build)
+            return index.count()
+
+
+def _catch_up(ledger: Ledger, index: Index, build: Build, after: int, batch: int) -> int:
+    while changes := ledger.changes(after, batch):
+        _write(index, ledger.item_texts([change.item_id for change in changes]), build)
+        after = changes[-1].seq
+    return after
 
 
 def sync(ledger: Ledger, index: Index, batch: int = 256) -> int:
@@ -216,7 +311,8 @@ def sync(ledger: Ledger, index: Index, batch: int = 256) -> int:
     Returns how many items the index holds.
     """
     drain(ledger, index, batch)
-    held, due = index.count(), ledger.count_active()
+    with index.writing:
+        held, due = index.count(), ledger.count_active()
     if held == due:
         return held
     log.warning("the index holds %d items and the ledger %d: rebuilding it", held, due)
@@ -230,16 +326,16 @@ def _pages(ledger: Ledger, batch: int) -> Iterator[list[ItemText]]:
         after = page[-1].seq
 
 
-def _write(index: Index, texts: Iterable[ItemText]) -> None:
+def _write(index: Index, texts: Iterable[ItemText], build: Build | None = None) -> None:
     def place(item: ItemText) -> tuple[str, str, bool]:
-        return item.tenant, item.kind, item.active
+        return item.tenant, item.kind, item.active and bool(item.text.strip())
 
     for (tenant, kind, active), group in groupby(sorted(texts, key=place), place):
         found = list(group)
         if active:
-            index.upsert(MemoryKind(kind), tenant, [(item.id, item.text) for item in found])
+            index.upsert(MemoryKind(kind), tenant, [(item.id, item.text) for item in found], build)
         else:
-            index.delete(MemoryKind(kind), tenant, [item.id for item in found])
+            index.delete(MemoryKind(kind), tenant, [item.id for item in found], build)
 
 
 @contextmanager
@@ -258,11 +354,27 @@ def _maker(embedder: Embedder) -> dict[str, Any]:
     return {"embedder": embedder.name, "dimensions": embedder.dimensions}
 
 
-def _ready_for(folder: Path, embedder: Embedder) -> bool:
+def _standing(folder: Path, embedder: Embedder, load: Callable[[str], Embedder] | None) -> Build | None:
+    """The build that was answering when the folder was closed; None when nothing can ask it any more."""
     try:
-        return json.loads((folder / READY).read_text()) == _maker(embedder)
-    except (OSError, ValueError):
-        return False
+        made = json.loads((folder / READY).read_text())
+        name = made.pop("build")
+    except (OSError, ValueError, KeyError, AttributeError):
+        return None
+    if made == _maker(embedder):
+        return Build(name, embedder)
+    if load is None:
+        return None
+    with suppress(NightschoolError):
+        former = load(made["embedder"])
+        if made == _maker(former):
+            log.warning("the index was made by the embedder %r, which answers until it is rebuilt", former.name)
+            return Build(name, former)
+    return None
+
+
+def _nobody() -> None:
+    return None
 
 
 def _client(folder: Path) -> Any:
@@ -302,7 +414,11 @@ def _move_aside_if_broken(folder: Path) -> Path | None:
             return None
         said = child.stderr.strip().splitlines()
         reason = f"exit code {child.returncode}" + (f", {said[-1]}" if said else "")
-    aside = folder.with_name(f"{folder.name}.broken-{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}")
+    aside = _aside(folder)
     folder.rename(aside)
     log.warning("the index %s is broken (%s): moved to %s, a new one is built from the ledger", folder, reason, aside)
     return aside
+
+
+def _aside(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.broken-{time.strftime('%Y%m%dT%H%M%S')}-{secrets.token_hex(3)}")

@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
-from sqlalchemy import Connection, func, insert, select, update
+from sqlalchemy import ColumnElement, Connection, func, insert, select, update
 
 from memory import rows, uses
 from memory.database import Database
@@ -234,7 +234,16 @@ def newest_change(connection: Connection) -> int:
 
 def pending(connection: Connection, limit: int) -> list[OutboxRow]:
     """The oldest changes that the index has not followed yet."""
-    query = select(outbox).where(outbox.c.acked.is_(False)).order_by(outbox.c.seq).limit(limit)
+    return _changes(connection, outbox.c.acked.is_(False), limit)
+
+
+def changes(connection: Connection, after: int, limit: int) -> list[OutboxRow]:
+    """Changes behind the seq `after`, followed or not."""
+    return _changes(connection, outbox.c.seq > after, limit)
+
+
+def _changes(connection: Connection, wanted: ColumnElement[bool], limit: int) -> list[OutboxRow]:
+    query = select(outbox).where(wanted).order_by(outbox.c.seq).limit(limit)
     return [OutboxRow(r.seq, r.item_id, MemoryKind(r.kind), r.op) for r in connection.execute(query)]
 
 

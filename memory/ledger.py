@@ -231,6 +231,11 @@ class Ledger:
         with self._database.reading() as connection:
             return items.pending(connection, limit)
 
+    def changes(self, after: int, limit: int) -> list[OutboxRow]:
+        """The oldest changes behind the seq `after`, whether the index has followed them or not."""
+        with self._database.reading() as connection:
+            return items.changes(connection, after, limit)
+
     def ack_outbox(self, seq_upto: int) -> None:
         """Say that the index has followed all changes up to and including `seq_upto`."""
         with self._database.writing() as connection:

@@ -116,6 +116,11 @@ def chunks(values: Iterable[str]) -> Iterator[list[str]]:
         yield distinct[start : start + CHUNK]
 
 
+def unescaped(body: str) -> bytes:
+    """A body with its strings one escape shallower: a reply that is kept as a JSON text inside one reads as itself."""
+    return body.replace('\\"', '"').replace("\\\\", "\\").encode()
+
+
 def _equals(table: Table, key: Key) -> list[Any]:
     return [table.c[name] == value for name, value in key.items()]
 

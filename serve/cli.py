@@ -253,7 +253,9 @@ def demo(
     from serve.demo import run_demo
 
     settings = _settings(context)
-    run_demo(settings, lambda: connect(settings, _say), out, full=full)
+    # Its few runs show what memory does; they are too few to measure what an item is worth.
+    shown = {"NIGHTSCHOOL_RECALL__WITHHOLD_SHARE": "0"}
+    run_demo(settings, lambda: connect(settings, _say, shown), out, full=full)
 
 
 def _say(text: str) -> None:

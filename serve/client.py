@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -79,13 +79,16 @@ class Client:
 
 
 @contextmanager
-def connect(settings: Settings, say: Callable[[str], None]) -> Iterator[Client]:
+def connect(
+    settings: Settings, say: Callable[[str], None], variables: Mapping[str, str] | None = None
+) -> Iterator[Client]:
     """A client of the running service; when there is none, of one that lives as long as the command.
 
-    Returns once the engine answers. EngineError, with the log's last line, when it does not come up.
+    `variables`: settings of that one, as environment variables, where the user has not set them. Returns
+    once the engine answers. EngineError, with the log's last line, when it does not come up.
     """
     info = running_service(settings.data_dir)
-    process = None if info else _spawn(settings)
+    process = None if info else _spawn(settings, variables or {})
     try:
         info = info or _info_of(process, settings, say)
         client = Client(info["url"], info.get("token"))
@@ -99,12 +102,15 @@ def connect(settings: Settings, say: Callable[[str], None]) -> Iterator[Client]:
             stop(process)
 
 
-def _spawn(settings: Settings) -> subprocess.Popen[bytes]:
+def _spawn(settings: Settings, variables: Mapping[str, str]) -> subprocess.Popen[bytes]:
     settings.data_dir.mkdir(parents=True, exist_ok=True)
     log = (settings.data_dir / SERVER_LOG).open("ab")
     command = [sys.executable, "-m", "serve.cli", "--data-dir", str(settings.data_dir), "serve"]
     command += ["--host", "127.0.0.1", "--port", "0", "--background"]
-    return subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
+    environment = {**variables, **os.environ}
+    return subprocess.Popen(
+        command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True, env=environment
+    )
 
 
 def _info_of(process: subprocess.Popen[bytes] | None, settings: Settings, say: Callable[[str], None]) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from evals.runner import evaluate
 from evals.suites import Suite
 from memory import files
 from memory.errors import ConflictError, LedgerError, NightschoolError, TrainingError, boundary
+from memory.forget import must_start_from_base
 from memory.night_records import Evaluation, Generation, GenerationStatus, Night, NightStatus
 from memory.records import Example, Message, Purpose, Task, Trajectory
 from serve import lessons, promotion
@@ -83,7 +84,10 @@ def snapshot(run: NightRun) -> Output:
     """Draw the line: what happened up to here teaches tonight, what comes later waits."""
     settings, ledger = run.services.settings, run.services.ledger
     since = {"trajectory": 0, "feedback": 0}
-    if settings.night.train_from == "champion":
+    # Weights cannot unlearn: a champion that knows what was forgotten is no start for the next one.
+    tainted = must_start_from_base(ledger.database, ledger.champion())
+    start = "base" if tainted else settings.night.train_from
+    if start == "champion":
         for night in ledger.nights():
             stage = ledger.stage(night.id, "snapshot")
             if night.status is NightStatus.PROMOTED and stage is not None:
@@ -91,8 +95,10 @@ def snapshot(run: NightRun) -> Output:
     champion = ledger.champion().number
     upto = ledger.watermark()
     new = len(ledger.trajectories(after_seq=since["trajectory"], upto_seq=upto["trajectory"], purpose=Purpose.SERVE))
-    run.emit("snapshot", f"{new} runs since the last promoted night", runs=new)
-    return {"since": since, "upto": upto, "champion": champion, "runs": new}
+    told = f"{new} runs since the last promoted night"
+    told += "; starting from the base model, since the champion learned from what was forgotten" if tainted else ""
+    run.emit("snapshot", told, runs=new)
+    return {"since": since, "upto": upto, "champion": champion, "runs": new, "train_from": start}
 
 
 def load_snapshot(run: NightRun) -> Snapshot:
@@ -253,7 +259,7 @@ def _base_answer(services: Services) -> Answer:
 
 def _replayed(run: NightRun, snap: Snapshot, new: int) -> list[Any]:
     ledger, settings = run.services.ledger, run.services.settings
-    if settings.night.train_from == "base":
+    if _starts_from(run) == "base":
         return []
     past = [n for n in ledger.nights() if n.status is NightStatus.PROMOTED and n.id != run.night.id]
     earlier = [example for night in past for example in ledger.examples(night.id) if example.recipe != RECIPE]
@@ -262,11 +268,16 @@ def _replayed(run: NightRun, snap: Snapshot, new: int) -> list[Any]:
     return replay(allowed, new=new, share=settings.night.replay_share, seed=settings.dataset.seed)
 
 
+def _starts_from(run: NightRun) -> str:
+    # A night that was begun by an older version has not said.
+    return run.done("snapshot").get("train_from", run.services.settings.night.train_from)
+
+
 def train(run: NightRun) -> Output:
     """Train in a process of its own, then enter the adapter as a candidate generation."""
     services, settings = run.services, run.services.settings
     champion = services.ledger.generation(run.done("snapshot")["champion"])
-    from_champion = settings.night.train_from == "champion" and champion.adapter_path is not None
+    from_champion = _starts_from(run) == "champion" and champion.adapter_path is not None
     out = settings.adapters_dir / run.night.id
     job = TrainJob(
         dataset_dir=Path(run.done("dataset")["folder"]),
@@ -285,7 +296,8 @@ def train(run: NightRun) -> Output:
         if run.cancelled():
             raise CancelledNightError("the night was cancelled") from exc
         raise
-    generation = _candidate(run, out.name, adapter_sha256(out), champion.number)
+    parent = champion.number if from_champion else 0
+    generation = _candidate(run, out.name, adapter_sha256(out), parent)
     figures = result.model_dump(mode="json", exclude={"losses", "config", "adapter_dir"})
     losses = result.losses.get("sft") or [0.0]
     run.emit("train", f"generation {generation.number} trained", loss=losses[-1], tokens_per_s=result.tokens_per_s)

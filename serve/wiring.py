@@ -13,15 +13,18 @@ import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from agent.engine_client import EngineClient
 from agent.llm import ChatModel
 from agent.state import AgentDeps
+from memory import forget
 from memory.embed import load_embedder
 from memory.errors import ConfigError, ConflictError, LedgerError, boundary
-from memory.index import Index, sync
+from memory.index import Index
+from memory.indexer import Indexer
 from memory.ledger import Ledger
 from memory.recall import Memory
 from memory.records import Task
@@ -75,12 +78,16 @@ async def build(settings: Settings, on_event: Callable[[str], None] = lambda _: 
         ledger = open_ledger(settings)
         stack.callback(ledger.close)
         stack.callback(_own(settings.data_dir))
+        await asyncio.to_thread(forget.finish, ledger.database)
         base = await asyncio.to_thread(ensure_model, settings.model, settings.models_dir, on_event)
         promotion.ensure_base(ledger, settings.model)
-        embedder = await asyncio.to_thread(load_embedder, settings.embedder, settings.data_dir / "embedder")
-        index = await asyncio.to_thread(Index.open, settings.data_dir / "index", embedder)
+        load = partial(load_embedder, cache_dir=settings.data_dir / "embedder")
+        embedder = await asyncio.to_thread(load, settings.embedder)
+        index = await asyncio.to_thread(Index.open, settings.data_dir / "index", embedder, load)
         stack.callback(index.close)
-        await asyncio.to_thread(sync, ledger, index)
+        indexer = Indexer(ledger, index)
+        indexer.start()
+        stack.callback(indexer.close)
         memory = Memory(ledger, index, settings.recall, embedder)
         engine = Engine(settings.engine, model=base, data_dir=settings.data_dir)
         residency = Residency(engine, settings.adapters_dir, max_loras=settings.engine.max_loras)

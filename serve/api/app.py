@@ -64,6 +64,7 @@ def readyz(request: Request) -> JSONResponse:
         "engine_name": services.engine.name,
         "champion": services.ledger.champion().number,
         "night": night.id if night else None,
+        "index": services.index.state.split(":")[0],
         "swapping": services.residency.swapping,
         "draining": draining,
         "requests": request.app.state.gate.inside,

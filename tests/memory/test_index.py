@@ -13,7 +13,7 @@ import pytest
 from memory.embed import Embedder
 from memory.errors import IndexUnavailableError
 from memory.index import Index, drain, rebuild, sync
-from memory.ledger import Ledger
+from memory.ledger import ItemText, Ledger
 from memory.records import MemoryKind, MemoryStatus
 from tests.memory import samples
 
@@ -135,17 +135,76 @@ def test_an_index_that_lost_items_is_rebuilt_at_start(sqlite_ledger: Ledger, ind
     assert sync(sqlite_ledger, index) == 3
 
 
-def test_a_rebuild_that_was_cut_short_is_asked_for_again(sqlite_ledger: Ledger, folder: Path, embedder: Embedder):
-    samples.remember(sqlite_ledger, "How many legs do 4 cows have?")
+def test_a_first_build_that_was_cut_short_is_asked_for_again(sqlite_ledger: Ledger, folder: Path, embedder: Embedder):
+    run = samples.remember(sqlite_ledger, "How many legs do 4 cows have?")
     first = Index.open(folder, embedder)
-    sync(sqlite_ledger, first)
-    first.clear()
+    first.upsert(RUN, "default", [(run.id, run.question)], first.begin())
     first.close()
     second = Index.open(folder, embedder)
     assert second.needs_rebuild
     assert rebuild(sqlite_ledger, second) == 1
     assert not second.needs_rebuild
     second.close()
+
+
+def test_a_rebuild_that_was_cut_short_leaves_the_old_build_answering(
+    sqlite_ledger: Ledger, folder: Path, embedder: Embedder
+):
+    run = samples.remember(sqlite_ledger, "How many legs do 4 cows have?")
+    first = Index.open(folder, embedder)
+    sync(sqlite_ledger, first)
+    first.upsert(RUN, "default", [("run_half", "half of it")], first.begin())
+    assert [found for found, _ in first.query(RUN, "default", run.question, 9)] == [run.id]
+    first.close()
+    second = Index.open(folder, embedder)
+    assert not second.needs_rebuild
+    assert sync(sqlite_ledger, second) == 1
+    assert [found for found, _ in second.query(RUN, "default", run.question, 9)] == [run.id]
+    second.close()
+
+
+def test_the_index_answers_by_its_former_embedder_until_it_is_rebuilt(
+    sqlite_ledger: Ledger, folder: Path, embedder: Embedder
+):
+    run = samples.remember(sqlite_ledger, "How many legs do 4 cows have?")
+    first = Index.open(folder, embedder)
+    sync(sqlite_ledger, first)
+    first.close()
+    asked: list[str] = []
+
+    def load(name: str) -> Embedder:
+        asked.append(name)
+        return embedder
+
+    second = Index.open(folder, Other(embedder), load)
+    assert (asked, second.needs_rebuild, second.state) == (["wordllama"], True, "rebuilding")
+    assert [found for found, _ in second.query(RUN, "default", run.question, 1)] == [run.id]
+    assert rebuild(sqlite_ledger, second) == 1
+    assert (second.needs_rebuild, second.state) == (False, "ready")
+    assert [found for found, _ in second.query(RUN, "default", run.question, 1)] == [run.id]
+    second.close()
+
+
+def test_what_changes_during_a_rebuild_is_in_the_new_build(
+    sqlite_ledger: Ledger, index: Index, monkeypatch: pytest.MonkeyPatch
+):
+    runs = [samples.remember(sqlite_ledger, f"How many legs do {n} cows have?") for n in range(3)]
+    sync(sqlite_ledger, index)
+    late: list[str] = []
+    pages = sqlite_ledger.active_texts
+
+    def meanwhile(after_seq: int, limit: int) -> list[ItemText]:
+        page = pages(after_seq, limit)
+        if not page and not late:
+            late.append(samples.remember(sqlite_ledger, "How many legs do 9 hens have?").id)
+            sqlite_ledger.set_memory_status(runs[0].id, MemoryStatus.RETIRED, "it misled")
+            drain(sqlite_ledger, index)  # the old build follows, and acknowledges
+        return page
+
+    monkeypatch.setattr(sqlite_ledger, "active_texts", meanwhile)
+    assert rebuild(sqlite_ledger, index) == 3
+    found = {item for item, _ in index.query(RUN, "default", "legs", 9)}
+    assert found == {runs[1].id, runs[2].id, late[0]}
 
 
 def delete_all(folder: Path) -> None:
@@ -209,7 +268,7 @@ import os, signal, sys, threading
 from pathlib import Path
 from memory.embed import load_embedder
 from memory.index import Index, drain, sync
-from memory.ledger import Ledger
+from memory.ledger import ItemText, Ledger
 from tests.memory import samples
 home = Path(sys.argv[1])
 ledger = Ledger.open(f"sqlite:///{home}/ledger.db")

@@ -1,0 +1,380 @@
+"""Forgetting: everything of a tenant, or of one user of a tenant, deleted everywhere, and what learned from it named.
+
+Owns which rows are whose, the traces they left in other rows (a recalled run in somebody else's prompt, an example
+in a night) and the tombstone, which holds numbers and never data. Files are `memory.scrub`'s; the index is
+rebuilt by its keeper.
+
+First the files, then all rows in one transaction, then the free pages: whoever is interrupted asks again, and
+`finish` does the last part at the next start. What cannot be taken back are weights: the generations that saw
+the data are listed, and the next night starts from the base model (`must_start_from_base`).
+
+API keys stay: they are access, not data. So do a tenant's name and its nights' options.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+from sqlalchemy import Connection, Table, delete, select, update
+
+from memory import nights, rows
+from memory.database import Database
+from memory.errors import ConflictError
+from memory.items import MODELS, Item
+from memory.night_records import Evaluation, Generation, NightStatus
+from memory.records import (
+    RECALLED,
+    Example,
+    Feedback,
+    MemoryKind,
+    MemoryStatus,
+    PastRun,
+    Principle,
+    Record,
+    Task,
+    Trajectory,
+    new_id,
+    now,
+    text_of,
+)
+from memory.schema import (
+    batch_lines,
+    batches,
+    evaluations,
+    examples,
+    feedback,
+    files,
+    forgotten,
+    generations,
+    item_origins,
+    item_uses,
+    items,
+    outbox,
+    replies,
+    responses,
+    tasks,
+    trajectories,
+)
+from memory.schema import nights as nights_table
+from memory.scrub import Needles, scrub_checkpoints, scrub_folder
+
+SHORTEST = 8
+"""A shorter text ("42", "yes") is nobody's own: it is looked for by its record's id only."""
+
+SHORTEST_ANSWER = 24
+"""The same for what the agent said, which repeats itself more."""
+
+ENDED_BATCHES = ("failed", "completed", "expired", "cancelled")
+GONE = "[forgotten]"
+
+
+class Forgotten(Record):
+    """The tombstone: what was deleted and what had learned from it."""
+
+    id: str = Field(default_factory=lambda: new_id("forget"))
+    tenant: str
+    user: str | None = None
+    by: str
+    counts: dict[str, int] = Field(default_factory=dict)
+    """Table -> rows deleted; `cleared` counts rows of others from which a trace was taken."""
+    files: list[str] = Field(default_factory=list)
+    """Files of the data folder that were changed or removed."""
+    nights: list[str] = Field(default_factory=list)
+    """Nights that trained on it."""
+    generations: list[int] = Field(default_factory=list)
+    """Generations that learned from it, and those that were trained on from them."""
+    at: datetime = Field(default_factory=now)
+
+
+@dataclass
+class _Traces:
+    """Whose rows are to go, by id, and the words to look for elsewhere."""
+
+    tenant: str
+    user: str | None
+    tasks: set[str] = field(default_factory=set[str])
+    runs: set[str] = field(default_factory=set[str])
+    feedback: set[str] = field(default_factory=set[str])
+    items: set[str] = field(default_factory=set[str])
+    texts: set[str] = field(default_factory=set[str])
+    shown: list[Item] = field(default_factory=list[Item])
+
+    def needles(self) -> Needles:
+        return Needles(self.tasks | self.runs | self.feedback | self.items, self.texts)
+
+
+def forget(database: Database, data_dir: Path, *, tenant: str, user: str | None = None, by: str) -> Forgotten:
+    """Delete everything of the tenant, or of the user within it; `by`: who asked.
+
+    A user's are the tasks asked in its name, their runs, its feedback, and whatever was made from these. The
+    caller reindexes afterwards. Raises `ConflictError` while a night or a batch of the tenant is going on, and
+    `LedgerError`, upon which the call is to be repeated.
+    """
+    with database.reading() as connection:
+        _check_quiet(connection, tenant)
+        before = _gather(connection, tenant, user)
+    touched = scrub_folder(data_dir, needles) if (needles := before.needles()) else []
+    with database.writing() as connection:
+        if connection.dialect.name == "sqlite":
+            connection.exec_driver_sql("PRAGMA secure_delete=ON")
+        _check_quiet(connection, tenant)
+        traces = _gather(connection, tenant, user)
+        counts, learned, unlinked = _delete(connection, traces, data_dir)
+        seen = _generations_of(connection, learned)
+        record = Forgotten(tenant=tenant, user=user, by=by, counts=counts, nights=sorted(learned), generations=seen)
+        record = record.model_copy(update={"files": sorted({*touched, *unlinked})})
+        rows.add(connection, forgotten, record, "forgetting", {"id": record.id}, tenant=tenant, finished=False)
+    for name in unlinked:
+        (data_dir / name).unlink(missing_ok=True)
+    if traces.needles():
+        # What was asked between the look and the deletion has left its traces too.
+        late = scrub_folder(data_dir, traces.needles())
+        scrub_checkpoints(data_dir / "checkpoints.sqlite", traces.needles())
+        if late:
+            record = record.model_copy(update={"files": sorted({*record.files, *late})})
+            with database.writing() as connection:
+                rows.put(connection, forgotten, record, {"id": record.id})
+    finish(database)
+    return record
+
+
+def finish(database: Database) -> int:
+    """Wipe the free pages after forgettings that were not finished; how many. Also for the start of the service."""
+    with database.reading() as connection:
+        waiting = connection.execute(select(forgotten.c.id).where(forgotten.c.finished.is_(False))).scalars().all()
+    if waiting:
+        database.compact()
+        with database.writing() as connection:
+            connection.execute(update(forgotten).where(forgotten.c.id.in_(waiting)).values(finished=True))
+    return len(waiting)
+
+
+def all_forgotten(database: Database, *, tenant: str) -> list[Forgotten]:
+    """A tenant's tombstones, oldest first."""
+    query = select(forgotten.c.body).where(forgotten.c.tenant == tenant).order_by(forgotten.c.seq)
+    with database.reading() as connection:
+        return rows.read(connection, Forgotten, query)
+
+
+def must_start_from_base(database: Database, generation: Generation) -> bool:
+    """Whether a generation, or one that it was trained on from, learned from what is forgotten by now."""
+    with database.reading() as connection:
+        tombstones = rows.read(connection, Forgotten, select(forgotten.c.body))
+        tainted = {number for tombstone in tombstones for number in tombstone.generations}
+        known = {g.number: g for g in nights.all_generations(connection)}
+    seen: set[int] = set()
+    at: Generation | None = generation
+    while at is not None and at.number not in seen:
+        if at.number in tainted:
+            return True
+        seen.add(at.number)
+        at = known.get(at.parent) if at.parent is not None else None
+    return False
+
+
+def _check_quiet(connection: Connection, tenant: str) -> None:
+    query = select(nights_table.c.id).where(nights_table.c.status == NightStatus.RUNNING)
+    if (night := connection.execute(query).scalars().first()) is not None:
+        raise ConflictError(f"night {night} is running and reads what is to be forgotten: wait for it or cancel it")
+    going_on = batches.c.tenant == tenant, batches.c.status.not_in(ENDED_BATCHES)
+    if (batch := connection.execute(select(batches.c.id).where(*going_on)).scalars().first()) is not None:
+        raise ConflictError(f"batch {batch} of tenant {tenant!r} is not over: wait for it or cancel it")
+
+
+def _gather(connection: Connection, tenant: str, user: str | None) -> _Traces:
+    traces = _Traces(tenant, user)
+    for task in rows.read(connection, Task, select(tasks.c.body).where(tasks.c.tenant == tenant)):
+        if user is None or user in (task.user, task.safety_identifier):
+            traces.tasks.add(task.id)
+            traces.texts.update(_said(task.messages, "user"))
+    for run in _of(connection, trajectories, Trajectory, trajectories.c.task_id, traces.tasks):
+        traces.runs.add(run.id)
+        traces.texts.update(_said(run.own_messages, "user"))
+        traces.texts.update(t for t in _said(run.own_messages, "assistant") if len(t) >= SHORTEST_ANSWER)
+    for said in rows.read(connection, Feedback, select(feedback.c.body).where(feedback.c.tenant == tenant)):
+        if user in (None, said.author) or said.trajectory_id in traces.runs:
+            traces.feedback.add(said.id)
+            traces.texts.update(t for t in _strings(said.value) if len(t) >= SHORTEST)
+    made_from = traces.runs | traces.feedback
+    for row in connection.execute(select(items.c.kind, items.c.body).where(items.c.tenant == tenant)):
+        item: Item = rows.load(MODELS[MemoryKind(row.kind)], row.body)
+        of_task = isinstance(item, PastRun) and item.task_id in traces.tasks
+        if user is None or of_task or made_from & set(item.sources):
+            traces.items.add(item.id)
+            traces.shown.append(item)
+            said_by_item = [item.text] if isinstance(item, Principle) else _said(item.messages, "user")
+            traces.texts.update(t for t in said_by_item if len(t) >= SHORTEST)
+    return traces
+
+
+def _delete(connection: Connection, traces: _Traces, data_dir: Path) -> tuple[dict[str, int], set[str], list[str]]:
+    """Rows deleted by table, the nights that had trained on some of them, and the files to unlink."""
+    counts: Counter[str] = Counter()
+    needles = traces.needles()
+    learned = _forget_examples(connection, traces, needles, counts)
+    _clear_others(connection, traces, counts)
+    _clear_evaluations(connection, traces, counts)
+    _revive(connection, traces)
+    for table, column, ids in (
+        (outbox, outbox.c.item_id, traces.items),
+        (item_uses, item_uses.c.item_id, traces.items),
+        (item_uses, item_uses.c.use_key, traces.runs),
+        (item_origins, item_origins.c.item_id, traces.items),
+        (items, items.c.id, traces.items),
+        (responses, responses.c.trajectory_id, traces.runs),
+        (feedback, feedback.c.id, traces.feedback),
+        (trajectories, trajectories.c.id, traces.runs),
+        (tasks, tasks.c.id, traces.tasks),
+    ):
+        counts[table.name] += _delete_by(connection, table, column, ids)
+    unlinked = _forget_bulk(connection, traces, needles, data_dir, counts)
+    return {name: n for name, n in counts.items() if n}, learned, unlinked
+
+
+def _forget_examples(connection: Connection, traces: _Traces, needles: Needles, counts: Counter[str]) -> set[str]:
+    """Examples made from what goes, or showing it in their prompt; returns their nights."""
+    gone = traces.runs | traces.feedback
+    learned: set[str] = set()
+    doomed: list[int] = []
+    for row in connection.execute(select(examples.c.seq, examples.c.night_id, examples.c.body)):
+        example = rows.load(Example, row.body)
+        if example.tenant != traces.tenant:
+            continue
+        own = traces.user is None or example.task_id in traces.tasks or bool(gone & set(example.sources))
+        if own or needles.among(row.body.encode()):
+            doomed.append(row.seq)
+            learned.add(row.night_id)
+    for start in range(0, len(doomed), rows.CHUNK):
+        part = doomed[start : start + rows.CHUNK]
+        counts[examples.name] += connection.execute(delete(examples).where(examples.c.seq.in_(part))).rowcount
+    return learned
+
+
+def _clear_others(connection: Connection, traces: _Traces, counts: Counter[str]) -> None:
+    """Runs of others in the tenant that were shown an item that goes: the run stays, what was recalled does not."""
+    if not traces.items or traces.user is None:
+        return
+    query = select(trajectories.c.body).where(trajectories.c.tenant == traces.tenant)
+    for run in rows.read(connection, Trajectory, query):
+        if run.id in traces.runs or not traces.items & {item.id for item in run.recalled}:
+            continue
+        messages = [
+            {"role": m["role"], "content": GONE, "name": RECALLED}
+            if m.get("name") == RECALLED
+            else _without_lines(m, traces.shown)
+            for m in run.messages
+        ]
+        # The prompt's token ids spell the same words.
+        steps = [step.model_copy(update={"prompt_token_ids": None}) for step in run.steps]
+        kept = [item for item in run.recalled if item.id not in traces.items]
+        cleared = run.model_copy(update={"messages": messages, "steps": steps, "recalled": kept})
+        rows.put(connection, trajectories, cleared, {"id": run.id})
+        counts["cleared"] += 1
+
+
+def _without_lines(message: dict[str, Any], shown: list[Item]) -> dict[str, Any]:
+    if message.get("role") != "system":
+        return message
+    words = [item.text for item in shown if isinstance(item, Principle)]
+    lines = [line for line in text_of(message).splitlines() if not any(text in line for text in words)]
+    return {**message, "content": "\n".join(lines)}
+
+
+def _clear_evaluations(connection: Connection, traces: _Traces, counts: Counter[str]) -> None:
+    """Exams that asked what goes keep their scores and lose the answers."""
+    for evaluation in rows.read(connection, Evaluation, select(evaluations.c.body)):
+        if not traces.runs & {o.trajectory_id for o in evaluation.outcomes}:
+            continue
+        outcomes = [
+            o.model_copy(update={"answer": None, "trajectory_id": None}) if o.trajectory_id in traces.runs else o
+            for o in evaluation.outcomes
+        ]
+        rows.put(connection, evaluations, evaluation.model_copy(update={"outcomes": outcomes}), {"id": evaluation.id})
+        counts["cleared"] += 1
+
+
+def _revive(connection: Connection, traces: _Traces) -> None:
+    """An item that was merged into one that goes, and owes nothing to what goes, stands for itself again."""
+    if traces.user is None:
+        return
+    mine = items.c.tenant == traces.tenant, items.c.status == MemoryStatus.MERGED
+    for row in connection.execute(select(items.c.kind, items.c.body).where(*mine)).all():
+        item: Item = rows.load(MODELS[MemoryKind(row.kind)], row.body)
+        if item.merged_into in traces.items and item.id not in traces.items:
+            alone = item.model_copy(update={"status": MemoryStatus.ACTIVE, "merged_into": None})
+            rows.put(connection, items, alone, {"id": item.id}, status=alone.status)
+            change = {"item_id": item.id, "kind": row.kind, "op": "upsert", "acked": False}
+            connection.execute(outbox.insert().values(**change, why="the item it was merged into is forgotten"))
+
+
+def _forget_bulk(
+    connection: Connection, traces: _Traces, needles: Needles, data_dir: Path, counts: Counter[str]
+) -> list[str]:
+    """Batches, files and idempotent replies; returns the files to unlink."""
+    mine = select(batches.c.id).where(batches.c.tenant == traces.tenant)
+    if traces.user is None:
+        for table, column in ((batch_lines, batch_lines.c.batch_id), (batches, batches.c.id)):
+            counts[table.name] += connection.execute(delete(table).where(column.in_(mine))).rowcount
+        stored = connection.execute(select(files.c.id).where(files.c.tenant == traces.tenant)).scalars().all()
+        counts[files.name] += connection.execute(delete(files).where(files.c.tenant == traces.tenant)).rowcount
+        for table in (replies, responses):
+            counts[table.name] += connection.execute(delete(table).where(table.c.tenant == traces.tenant)).rowcount
+        return [f"files/{file_id}" for file_id in stored]
+    named = Needles({f'"user":"{traces.user}"', f'"user": "{traces.user}"'}, ())
+    doomed: list[tuple[str, int]] = []
+    for row in connection.execute(select(batch_lines).where(batch_lines.c.batch_id.in_(mine))):
+        said = f"{row.request}\0{row.result or ''}".encode("utf-8", "surrogatepass")
+        if needles.among(said) or named.among(said):
+            doomed.append((row.batch_id, row.line))
+    for batch_id, line in doomed:
+        its = batch_lines.c.batch_id == batch_id, batch_lines.c.line == line
+        counts[batch_lines.name] += connection.execute(delete(batch_lines).where(*its)).rowcount
+    for row in connection.execute(select(replies.c.seq, replies.c.body).where(replies.c.tenant == traces.tenant)).all():
+        if needles.among(row.body.encode()) or needles.among(rows.unescaped(row.body)):
+            counts[replies.name] += connection.execute(delete(replies).where(replies.c.seq == row.seq)).rowcount
+    unlinked: list[str] = []
+    for file_id in connection.execute(select(files.c.id).where(files.c.tenant == traces.tenant)).scalars().all():
+        path = data_dir / "files" / file_id
+        said = path.read_bytes() if path.exists() else b""
+        if needles.among(said) or named.among(said):
+            counts[files.name] += connection.execute(delete(files).where(files.c.id == file_id)).rowcount
+            unlinked.append(f"files/{file_id}")
+    return unlinked
+
+
+def _generations_of(connection: Connection, night_ids: set[str]) -> list[int]:
+    """The generations that those nights made, and all that were trained on from them."""
+    everything = rows.read(connection, Generation, select(generations.c.body).order_by(generations.c.number))
+    found = {g.number for g in everything if g.night_id in night_ids}
+    for generation in everything:  # parents have lower numbers
+        if generation.parent in found:
+            found.add(generation.number)
+    return sorted(found)
+
+
+def _of(connection: Connection, table: Table, model: type[rows.R], column: Any, ids: Iterable[str]) -> Iterator[rows.R]:
+    for part in rows.chunks(ids):
+        yield from rows.read(connection, model, select(table.c.body).where(column.in_(part)))
+
+
+def _delete_by(connection: Connection, table: Table, column: Any, ids: Iterable[str]) -> int:
+    return sum(connection.execute(delete(table).where(column.in_(part))).rowcount for part in rows.chunks(ids))
+
+
+def _said(messages: Iterable[dict[str, Any]], role: str) -> list[str]:
+    return [t for m in messages if m.get("role") == role and len(t := text_of(m).strip()) >= SHORTEST]
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every text inside a free-form value."""
+    if isinstance(value, str):
+        yield value.strip()
+    elif isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _strings(part)
