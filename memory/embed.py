@@ -43,7 +43,8 @@ def load_embedder(name: str, cache_dir: Path) -> Embedder:
 
     `wordllama`: bundled static embeddings, offline. `litellm:MODEL`: an embedding endpoint.
     `sentence-transformers:NAME`: a model of that library, kept under `cache_dir`.
-    Raises `ConfigError` for an unknown name or a package that is not installed.
+    Raises `ConfigError` for an unknown name or provider, a package that is not installed, or a model that cannot be
+    had. An endpoint is called only when something is embedded.
     """
     family, _, model = name.partition(":")
     if name == DEFAULT:
@@ -141,10 +142,18 @@ class _Remote:
 
 
 def _litellm(model: str) -> Callable[[list[str]], list[Sequence[float]]]:
-    def call(texts: list[str]) -> list[Sequence[float]]:
-        os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # its import fetches a price list
-        import litellm
+    os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # its import fetches a price list
+    import litellm
 
+    litellm.suppress_debug_info = True  # else it prints advice beside every error
+    try:
+        litellm.get_llm_provider(model)
+    except Exception as exc:
+        raise ConfigError(
+            f"LiteLLM knows no provider of the embedding model {model!r}: write 'litellm:PROVIDER/MODEL'"
+        ) from exc
+
+    def call(texts: list[str]) -> list[Sequence[float]]:
         reply: Any = litellm.embedding(model=model, input=texts, num_retries=2, timeout=30)
         return [row["embedding"] for row in sorted(reply.data, key=lambda row: row["index"])]
 

@@ -82,4 +82,5 @@ def boundary(error: type[NightschoolError], what: str) -> Iterator[None]:
     except NightschoolError:
         raise
     except Exception as exc:
-        raise error(f"{what}: {type(exc).__name__}: {exc}") from exc
+        said = " ".join(str(exc).split())  # a user is told one line, whatever a library says
+        raise error(f"{what}: {type(exc).__name__}: {said}") from exc

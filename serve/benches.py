@@ -18,7 +18,7 @@ from typing import Any
 from evals.bench import Bench, BenchResult, registry, result
 from memory.night_records import Generation, GenerationStatus
 from memory.records import Example, ExampleKind
-from serve import bench_agent, benches_front
+from serve import bench_agent, benches_front, benches_memory
 from serve.settings import Settings
 
 ACTION = r"Action: (calc|finish)\([^\n]{1,60}\)"
@@ -66,6 +66,21 @@ def benches(settings: Settings) -> dict[str, Bench]:
             "agent",
             "tokens/s of a load through the agent against its own calls sent straight to vLLM",
             lambda: lambda: bench_agent.agent(settings, _engine),
+        ),
+        Bench(
+            "retrieval",
+            "recall@1, @5 and MRR of every embedder, BM25 and both together, on labelled questions",
+            lambda: lambda: benches_memory.retrieval(settings),
+        ),
+        Bench(
+            "recall",
+            "latency, writes/s and size of memory at 1k, 10k and 100k items, beside mem0 and LangMem",
+            lambda: lambda: benches_memory.recall(settings),
+        ),
+        Bench(
+            "usefulness",
+            "held-out success of the base model without memory, with all of it, and with ours",
+            lambda: lambda: benches_memory.usefulness(settings, _engine),
         ),
         Bench("swap", "seconds to load, prove, switch and unload an adapter", lambda: lambda: swap(settings)),
     )

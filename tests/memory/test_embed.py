@@ -99,3 +99,22 @@ def test_a_litellm_embedder_speaks_to_its_endpoint(tmp_path: Path, monkeypatch: 
         embedder.embed(["bad"])
     server.shutdown()
     server.server_close()
+
+
+def test_a_provider_that_litellm_does_not_know_is_named_when_it_is_loaded(tmp_path: Path):
+    with pytest.raises(ConfigError, match="no provider of the embedding model 'nonsense': write 'litellm:PROVIDER"):
+        load_embedder("litellm:nonsense", tmp_path)
+
+
+def test_an_endpoint_that_is_away_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("OPENAI_API_BASE", "http://127.0.0.1:9")
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    with pytest.raises(ModelError, match="'litellm:openai/tiny' failed") as told:
+        load_embedder("litellm:openai/tiny", tmp_path).embed(["text"])
+    assert "\n" not in str(told.value)
+
+
+def test_a_package_that_is_not_there_is_told_with_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda *_: None)  # it may well be installed here
+    with pytest.raises(ConfigError, match="needs: pip install sentence-transformers"):
+        load_embedder("sentence-transformers:any", tmp_path)
