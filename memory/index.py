@@ -22,12 +22,13 @@ import json
 import logging
 import os
 import secrets
+import shutil
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -112,6 +113,11 @@ class Index:
         return self._build is None or self._build.embedder is not self.embedder
 
     @property
+    def is_whole(self) -> bool:
+        """Nothing failed, and the folder is where it was: it can be written to as it is."""
+        return self.fault is None and self._folder.is_dir()
+
+    @property
     def state(self) -> str:
         """`ready`; `rebuilding` while another build is due or made; `broken` with the reason."""
         if self.fault is not None:
@@ -152,7 +158,7 @@ class Index:
         try:
             if not (self._folder / READY).exists():
                 raise IndexUnavailableError(f"the index {self._folder} is gone from the disk")
-            with self._boundary():
+            with _translated(f"the index {self._folder} failed"):
                 return self._nearest(build, kind, tenant, vectors, k)
         except IndexUnavailableError as exc:
             if self._build is build:
@@ -254,8 +260,15 @@ class Index:
             self._collections[name] = found
         return found
 
-    def _boundary(self) -> AbstractContextManager[None]:
-        return _translated(f"the index {self._folder} failed")
+    @contextmanager
+    def _boundary(self) -> Iterator[None]:
+        """Whatever fails in here makes a `reset` due."""
+        try:
+            with _translated(f"the index {self._folder} failed"):
+                yield
+        except IndexUnavailableError as exc:
+            self._build, self.fault = None, str(exc)
+            raise
 
 
 def drain(ledger: Ledger, index: Index, batch: int = 256) -> int:
@@ -282,7 +295,7 @@ def rebuild(ledger: Ledger, index: Index, batch: int = 256) -> int:
     Meanwhile the old build, if there is one, answers and follows the outbox.
     """
     with index.rebuilding:
-        if index.fault is not None:
+        if not index.is_whole:
             index.reset()
         build = index.begin()
         upto = int(ledger.memory_watermark() or 0)
@@ -421,4 +434,7 @@ def _move_aside_if_broken(folder: Path) -> Path | None:
 
 
 def _aside(folder: Path) -> Path:
+    """Where a broken folder goes. Only the last one is kept: it is for looking at, and nothing is lost with it."""
+    for former in folder.parent.glob(f"{folder.name}.broken-*"):
+        shutil.rmtree(former, ignore_errors=True)
     return folder.with_name(f"{folder.name}.broken-{time.strftime('%Y%m%dT%H%M%S')}-{secrets.token_hex(3)}")

@@ -63,6 +63,8 @@ class Readiness(BaseModel):
     engine: str
     champion: int
     night: str | None
+    index: Literal["ready", "rebuilding", "broken"]
+    """Of memory. Requests are answered all the same: recall scans the ledger until it is made again."""
 
 
 class Page(BaseModel, Generic[T]):

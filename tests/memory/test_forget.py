@@ -95,8 +95,8 @@ def live(ledger: Ledger, home: Path) -> dict[str, Trajectory]:
     dataset.mkdir(parents=True)
     (dataset / "sft.jsonl").write_text(json.dumps(example.model_dump(mode="json")) + "\n")
     (dataset / "manifest.json").write_text("{}")
-    (home / "nights" / night.id / "report.html").write_text(f"<p>{SECRET}</p>", encoding="utf-8")
-    (home / "server.log").write_text(f"one\nasked: {SECRET}\ntwo\n", encoding="utf-8")
+    (home / "nights" / night.id / "report.html").write_text(f"<p>{ann.question}</p>", encoding="utf-8")
+    (home / "server.log").write_text(f"one\nasked: {ann.question}\ntwo\n", encoding="utf-8")
     with sqlite3.connect(home / "checkpoints.sqlite") as saved:
         saved.execute("CREATE TABLE checkpoints (thread_id TEXT, checkpoint BLOB)")
         saved.execute("INSERT INTO checkpoints VALUES ('traj_dead', ?)", (f"so {ann.question}".encode(),))

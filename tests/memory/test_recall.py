@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from memory import uses
 from memory.embed import Embedder
 from memory.errors import ConfigError, IndexUnavailableError
 from memory.index import Index, sync
 from memory.ledger import Ledger
-from memory.recall import Memory, NoMemory, Recall, RecallConfig, Recaller, estimate_tokens
-from memory.records import MemoryKind, MemoryStatus
+from memory.recall import Memory, NoMemory, Recall, RecallConfig, Recaller, estimate_tokens, withhold
+from memory.records import MemoryKind, MemoryStatus, PrincipleKind, Recalled
+from memory.uses import Use
 from tests.memory import samples
 
 Opener = Callable[..., Recaller]
@@ -150,7 +152,7 @@ def test_of_two_equally_near_items_the_newer_one_comes_first(sqlite_ledger: Ledg
     old = old.model_copy(update={"created_at": young.created_at - timedelta(days=30)})
     for run in (old, young):
         sqlite_ledger.add_past_run(run)
-    recall = memory(runs=2).recall(samples.task(ASKED))
+    recall = memory(runs=2, max_overlap=1.0).recall(samples.task(ASKED))
     assert [run.id for run in recall.runs] == [young.id, old.id]
     assert recall.items[1].recency == pytest.approx(0.5, abs=0.01)
 
@@ -191,3 +193,79 @@ def test_recall_goes_on_when_the_index_cannot_answer(sqlite_ledger: Ledger, inde
 def test_a_memory_without_index_and_embedder_is_refused(sqlite_ledger: Ledger):
     with pytest.raises(ConfigError, match="needs an embedder"):
         Memory(sqlite_ledger, None, RecallConfig())
+
+
+def test_an_item_that_repeats_a_better_one_makes_room_for_another(sqlite_ledger: Ledger, memory: Opener):
+    first = samples.remember(sqlite_ledger, "How many legs do 7 cows have, and 2 hens?")
+    samples.remember(sqlite_ledger, "How many legs do 7 cows have and 2 hens?")
+    other = samples.remember(sqlite_ledger, "Count the legs of 3 spiders.")
+    sqlite_ledger.credit_use(first.id, True, "traj_1")
+    assert memory(runs=2, min_similarity=0.1).recall(samples.task(ASKED)).runs[1] == other
+
+
+def exposed(ledger: Ledger, item_id: str, shown: tuple[int, int], withheld: tuple[int, int]) -> None:
+    told = [Use(item_id, f"shown_{n}", n < shown[1]) for n in range(shown[0])]
+    told += [Use(item_id, f"withheld_{n}", n < withheld[1], withheld=True) for n in range(withheld[0])]
+    with ledger.database.writing() as connection:
+        uses.count(connection, told, tenant="default")
+
+
+def test_measured_uplift_enters_the_rank_once_both_sides_have_enough_runs(sqlite_ledger: Ledger, memory: Opener):
+    good, bad = (samples.remember(sqlite_ledger, f"How many legs do {n} cows have?") for n in ("4", "5"))
+    exposed(sqlite_ledger, good.id, (10, 5), (10, 0))
+    exposed(sqlite_ledger, bad.id, (10, 5), (10, 10))
+    recall = memory(max_overlap=1.0, runs=2).recall(samples.task(ASKED))
+    assert [run.id for run in recall.runs] == [good.id, bad.id]
+    assert recall.items[0].uplift == pytest.approx(0.25)
+    assert recall.items[1].uplift == pytest.approx(-0.25)
+    assert "uplift +0.50 (+0.12 to +0.76)" in recall.items[0].why
+    unmeasured = memory(max_overlap=1.0, runs=2, min_exposures=11).recall(samples.task(ASKED))
+    assert [item.uplift for item in unmeasured.items] == [None, None]
+    assert "uplift" not in unmeasured.items[0].why
+
+
+def test_an_internalised_item_is_noted_but_not_shown_and_takes_nobodys_place(sqlite_ledger: Ledger, memory: Opener):
+    known = samples.remember(sqlite_ledger, "How many legs do 7 cows have?")
+    next_best = samples.remember(sqlite_ledger, "How many legs do 3 ants have?")
+    sqlite_ledger.set_memory_status(known.id, MemoryStatus.INTERNALISED, "learned")
+    recall = memory().recall(samples.task(ASKED))
+    assert [item.id for item in recall.items] == [next_best.id]
+    assert [(item.id, item.withheld) for item in recall.withheld] == [(known.id, True)]
+
+
+def test_what_is_withheld_follows_from_run_and_item_and_comes_to_the_share():
+    runs = [samples.past_run(samples.task(f"Question number {n}?")) for n in range(4)]
+    number = {"similarity": 1.0, "score": 0.5, "recency": 1.0, "rank": 1.0, "tokens": 9, "why": "near"}
+    items = [Recalled(id=run.id, kind=MemoryKind.RUN, **number) for run in runs]
+    recall = Recall(items=items, runs=runs)
+    missing = 0
+    for n in range(1000):
+        less = withhold(recall, f"traj_{n}", 0.1)
+        assert less == withhold(recall, f"traj_{n}", 0.1)
+        assert [item.id for item in less.items] == [run.id for run in less.runs]
+        assert {i.id for i in less.items} | {i.id for i in less.withheld} == {run.id for run in runs}
+        assert all(item.withheld for item in less.withheld)
+        assert not any(item.withheld for item in less.items)
+        missing += len(less.withheld)
+    assert 320 < missing < 480
+    assert withhold(recall, "traj_1", 0.0) == recall
+    assert withhold(recall, "traj_1", 1.0).items == []
+
+
+def test_neighbours_are_of_the_same_tenant_and_kind_and_retired_ones_are_among_them(
+    sqlite_ledger: Ledger, index: Index
+):
+    text = "A cow has 4 legs and a hen has 2 legs."
+    same, retired = samples.principle(f"{text} Always."), samples.principle(f"Remember: {text}")
+    warning = samples.principle(text).model_copy(update={"kind": PrincipleKind.CAUTIONARY})
+    for item in (same, retired, warning, samples.principle(text, "ada"), samples.principle("Sort words by length.")):
+        sqlite_ledger.add_principle(item)
+    sqlite_ledger.set_memory_status(retired.id, MemoryStatus.RETIRED, "it misled")
+    new = samples.principle(text)
+    sqlite_ledger.add_principle(new)
+    sync(sqlite_ledger, index)
+    recaller = Memory(sqlite_ledger, index, RecallConfig())
+    near = recaller.neighbours(new, at_least=0.85, k=3)
+    assert {item.id for item in near} == {same.id, retired.id}
+    assert recaller.neighbours(new, at_least=0.85, k=1) == near[:1]
+    assert recaller.neighbours(samples.principle(text, "eve"), at_least=0.0, k=3) == []
