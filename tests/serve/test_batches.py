@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import Iterator
@@ -14,16 +15,17 @@ import openai
 import pytest
 
 from agent.llm import ChatRequest
-from memory import keys
-from memory.batches import Batch
-from memory.errors import ContextLengthError, ModelUnavailableError
+from memory import batches, files, keys
+from memory.batches import Batch, BatchStatus, Line, LineResult, LineStatus
+from memory.errors import ConfigError, ContextLengthError, ModelUnavailableError
+from memory.files import FilePurpose
 from memory.keys import ApiKey, Scope
 from memory.records import now
-from serve import batch_run
+from serve import batch_run, durable
 from serve.batch_lines import MAX_LINE_BYTES
 from serve.settings import BatchConfig, ServerConfig
 from serve.wiring import Services
-from tests.serve.fakes import running, settings_in
+from tests.serve.fakes import running, services_in, settings_in
 
 CHAT = "/v1/chat/completions"
 away: set[str] = set()
@@ -169,6 +171,24 @@ def test_a_batch_runs_every_line_and_scores_it_as_it_lands(
     assert codes == {"long": 400, "unknown": 404, "field": 400, "stream": 400}
     assert all("message" in each["response"]["body"]["error"] for each in bad.values())
     assert client.files.retrieve(str(done.output_file_id)).purpose == "batch_output"
+
+
+@pytest.mark.parametrize(
+    ("verifier", "said"),
+    [("numeric", None), ('{"name": "numeric", "args": {"tolerance": 0.5}}', None), ("{", "JSON"), ("guess", "guess")],
+)
+def test_metadata_scores_a_chat_as_well(client: openai.OpenAI, verifier: str, said: str | None) -> None:
+    metadata = {"nightschool.reference": "3.0", "nightschool.verifier": verifier}
+
+    def ask() -> Any:
+        messages: Any = [{"role": "user", "content": "What is 1 + 2?"}]
+        return client.chat.completions.create(model="nightschool", messages=messages, metadata=metadata)
+
+    if said is None:
+        assert ask().model_extra["nightschool"]["outcome"]["score"] == 1.0
+        return
+    with pytest.raises(openai.BadRequestError, match=said):
+        ask()
 
 
 def test_responses_come_in_batches_and_are_stored(client: openai.OpenAI, service: tuple[str, Services]) -> None:
@@ -380,6 +400,16 @@ def test_ledger_and_workflows_may_both_live_on_postgresql(tmp_path: Path, postgr
     assert not list((tmp_path / "data").glob("*.sqlite"))
 
 
+def test_a_database_of_workflows_that_is_not_there_is_said(tmp_path: Path) -> None:
+    settings = settings_in(tmp_path, durable_url="postgresql://postgres@127.0.0.1:1/none")
+    with (
+        services_in(settings, pupil, asyncio.new_event_loop()) as services,
+        pytest.raises(ConfigError, match="durable_url") as refused,
+    ):
+        durable.launch(services)
+    assert "\n" not in str(refused.value)
+
+
 def test_a_batch_that_a_stopped_service_left_goes_on_at_the_next_start(tmp_path: Path) -> None:
     settings = settings_in(tmp_path)
     away.add("Are you there?")
@@ -395,3 +425,34 @@ def test_a_batch_that_a_stopped_service_left_goes_on_at_the_next_start(tmp_path:
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
         assert ended(client, batch.id).status == "completed"
         assert len(services.ledger.trajectories()) == 2
+
+
+def test_a_batch_killed_while_it_is_read_or_written_is_whole_after_the_next_start(tmp_path: Path) -> None:
+    settings = settings_in(tmp_path)
+    data = "\n".join(json.dumps(line(f"r{i}")) for i in range(1, 7)).encode()
+    with services_in(settings, pupil, asyncio.new_event_loop()) as services:
+        database = services.ledger.database
+        stored = files.store(
+            database, settings.files_dir, [data], tenant="default", purpose=FilePurpose.BATCH, filename="in"
+        )
+        begun, ending = (
+            Batch(tenant="default", caller="ann", endpoint=CHAT, input_file_id=stored.id) for _ in range(2)
+        )
+        for each in (begun, ending):
+            batches.add(database, each)
+        there = [Line(i, f"r{i}", json.dumps(line("")["body"])) for i in (1, 2, 3)]
+        batches.add_lines(database, begun.id, there)
+        batches.add_lines(database, ending.id, there)
+        batches.advance(database, ending.id, BatchStatus.IN_PROGRESS)
+        batches.finish_lines(database, ending.id, [LineResult(i, LineStatus.COMPLETED, f"{i}") for i in (1, 2, 3)])
+        batches.advance(database, ending.id, BatchStatus.FINALIZING)
+        (settings.files_dir / "file-0.part").write_bytes(b"half an output file")
+    with running(settings, pupil) as (url, services):
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        read, written = ended(client, begun.id), ended(client, ending.id)
+        assert (read.status, written.status) == ("completed", "completed")
+        assert sorted(results(client, read.output_file_id)) == [f"r{i}" for i in range(1, 7)]
+        assert client.files.content(written.output_file_id).text == "1\n2\n3\n"
+        assert len(services.ledger.trajectories()) == 6
+        kept = {stored.id, read.output_file_id, written.output_file_id}
+        assert {path.name for path in settings.files_dir.iterdir()} == kept
