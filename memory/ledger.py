@@ -155,15 +155,22 @@ class Ledger:
             rows.add(connection, feedback_table, feedback, "feedback", {"id": feedback.id}, **columns)
 
     def feedback(
-        self, *, trajectory_id: str | None = None, after_seq: int = 0, upto_seq: int | None = None
+        self,
+        *,
+        trajectory_id: str | None = None,
+        tenant: str | None = None,
+        after_seq: int = 0,
+        upto_seq: int | None = None,
     ) -> list[Feedback]:
-        """Feedback with `after_seq` < seq <= `upto_seq`, oldest first."""
+        """Feedback with `after_seq` < seq <= `upto_seq`, oldest first; None = no such filter."""
         table = feedback_table
         query = select(table.c.body).where(table.c.seq > after_seq).order_by(table.c.seq)
         if upto_seq is not None:
             query = query.where(table.c.seq <= upto_seq)
         if trajectory_id is not None:
             query = query.where(table.c.trajectory_id == trajectory_id)
+        if tenant is not None:
+            query = query.where(table.c.tenant == tenant)
         with self._database.reading() as connection:
             return rows.read(connection, Feedback, query)
 

@@ -101,7 +101,7 @@ def store_feedback(ledger: Ledger, said: FeedbackRequest, *, tenant: str, author
     try:
         ledger.add_feedback(feedback)
     except ConflictError:
-        return next(known for known in ledger.feedback(trajectory_id=run.id) if known.id == feedback.id)
+        return next(known for known in ledger.feedback(trajectory_id=run.id, tenant=tenant) if known.id == feedback.id)
     return feedback
 
 
@@ -144,7 +144,7 @@ def _better_run(ledger: Ledger, run: Trajectory, messages: list[Any]) -> list[Me
     try:
         if len(json.dumps(messages)) > MAX_RUN:
             raise _unfit(f"the messages of a correction are at most {MAX_RUN} characters of JSON")
-        corrected_run(messages, ledger.get_task(run.task_id), offered)
+        corrected_run(messages, ledger.get_task(run.task_id, tenant=run.tenant), offered)
     except (ValueError, RecursionError) as exc:
         raise _unfit(f"not a whole better run: {exc}") from exc
     return messages
@@ -259,6 +259,7 @@ def list_feedback(
         about = About(response_id=response_id, trajectory_id=trajectory_id, conversation_id=conversation_id)
     except ValidationError as exc:
         raise FieldError(exc.errors()[0]["msg"].removeprefix("Value error, "), "trajectory_id") from exc
-    runs = runs_of(services.ledger, about, caller_of(request).tenant)
-    said = [stored for run in runs for stored in services.ledger.feedback(trajectory_id=run.id)]
+    tenant = caller_of(request).tenant
+    runs = runs_of(services.ledger, about, tenant)
+    said = [stored for run in runs for stored in services.ledger.feedback(trajectory_id=run.id, tenant=tenant)]
     return {"object": "list", "data": [feedback_object(stored) for stored in said], "has_more": False}

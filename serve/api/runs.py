@@ -187,9 +187,9 @@ def _sampling(request: oai.ChatCompletionRequest, with_agent: bool, services: Se
 
 def stored_run(services: Services, run_id: str, task: Task) -> Trajectory | None:
     try:
-        trajectory = services.ledger.get_trajectory(run_id)
+        trajectory = services.ledger.get_trajectory(run_id, tenant=task.tenant)
     except NotFoundError:
         return None
-    if services.ledger.get_task(trajectory.task_id).fingerprint != task.fingerprint:
+    if services.ledger.get_task(trajectory.task_id, tenant=task.tenant).fingerprint != task.fingerprint:
         raise ConflictError("this Idempotency-Key was used with another request body")
     return trajectory
