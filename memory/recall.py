@@ -26,6 +26,7 @@ from memory.index import Index
 from memory.items import Candidate, Item, question_fingerprint
 from memory.ledger import Ledger
 from memory.records import MemoryKind, MemoryStatus, PastRun, Principle, Recalled, Task, text_of
+from memory.scan import Scanner
 from memory.uplift import shrunken, uplift
 
 log = logging.getLogger(__name__)
@@ -145,7 +146,7 @@ class Memory:
         self._index = index
         self._config = config
         self._embedder = chosen
-        self._vectors: dict[str, Any] = {}  # by text: an item may be reworded
+        self._scanner = Scanner(ledger, chosen)
 
     def recall(
         self,
@@ -189,15 +190,13 @@ class Memory:
     def _nearest(self, kind: MemoryKind, tenant: str, question: str, k: int) -> list[tuple[str, float]]:
         if self._index is not None:
             try:
-                return self._index.query(kind, tenant, question, k)
+                near = self._index.query(kind, tenant, question, k)
             except IndexUnavailableError as exc:
                 log.warning("recall scans the ledger: %s", exc)
-        return self._scan(kind, tenant, question, k)
-
-    def _scan(self, kind: MemoryKind, tenant: str, question: str, k: int) -> list[tuple[str, float]]:
-        """What the index would answer, from all of the tenant's active items."""
-        texts = {item.id: item.text for item in self._ledger.tenant_texts(kind, tenant) if item.text}
-        return self._similarities(texts, question)[:k]
+            else:
+                self._scanner.clear()
+                return near
+        return self._scanner.nearest(kind, tenant, question, k)
 
     def neighbours(self, principle: Principle, *, at_least: float, k: int) -> list[Principle]:
         """The `k` principles of its tenant and kind nearest to this one, from cosine `at_least` on, nearest first.
@@ -210,7 +209,7 @@ class Memory:
         found = self._ledger.candidates(MemoryKind.PRINCIPLE, tenant, [item_id for item_id, _ in near])
         known = {item_id: candidate.item for item_id, candidate in found.items()}
         retired = {p.id: p for p in self._ledger.principles(tenant, MemoryStatus.RETIRED)[-RETIRED_SCANNED:] if p.text}
-        near += self._similarities({item_id: p.text for item_id, p in retired.items()}, principle.text)
+        near += self._similarities(retired.values(), principle.text)
         close: list[Principle] = []
         for item_id, similarity in sorted(near, key=lambda pair: (-pair[1], pair[0])):
             item = known.get(item_id) or retired.get(item_id)
@@ -218,19 +217,13 @@ class Memory:
                 close.append(item)
         return [item for item in close if item.id != principle.id][:k]
 
-    def _similarities(self, texts: dict[str, str], question: str) -> list[tuple[str, float]]:
-        """All of the texts (id -> text) with their cosine to the question, nearest first."""
-        import numpy as np
-
-        if not texts:
-            return []
-        new = sorted({text for text in texts.values() if text not in self._vectors})
-        for text, vector in zip(new, self._embedder.embed(new), strict=True):
-            self._vectors[text] = np.array(vector, dtype=np.float32)
-        similarities = np.array([self._vectors[t] for t in texts.values()]) @ np.array(
-            self._embedder.embed([question])[0]
-        )
-        return sorted(zip(texts, similarities.tolist(), strict=True), key=lambda pair: (-pair[1], pair[0]))
+    def _similarities(self, principles: Iterable[Principle], text: str) -> list[tuple[str, float]]:
+        known = list(principles)
+        asked, *vectors = self._embedder.embed([text, *(p.text for p in known)])
+        return [
+            (p.id, sum(x * y for x, y in zip(asked, vector, strict=True)))
+            for p, vector in zip(known, vectors, strict=True)
+        ]
 
     def _weighed(self, kind: MemoryKind, task: Task, candidate: Candidate, similarity: float) -> Recalled:
         config, item = self._config, candidate.item
