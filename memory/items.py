@@ -96,15 +96,19 @@ def add(connection: Connection, item: Item) -> None:
 
     Raises `ConflictError` for a used id, and when a source belongs to another tenant.
     """
-    kind = kind_of(item)
-    text = (item.text if isinstance(item, Principle) else item.question).strip()
     origins = _origins(connection, item)
-    columns = {"kind": kind, "tenant": item.tenant, "status": item.status, "text": text}
-    if not rows.add(connection, items, item, "memory item", {"id": item.id}, **columns):
-        return
-    if origins:
+    if insert_as_is(connection, item, "added") and origins:
         connection.execute(insert(item_origins), [{"item_id": item.id, "origin": origin} for origin in sorted(origins)])
-    _announce(connection, item, "added")
+
+
+def insert_as_is(connection: Connection, item: Item, why: str = "imported") -> bool:
+    """The item and its outbox row; its origins are the caller's. Whether it was new; raises `ConflictError`."""
+    text = (item.text if isinstance(item, Principle) else item.question).strip()
+    columns = {"kind": kind_of(item), "tenant": item.tenant, "status": item.status, "text": text}
+    new = rows.add(connection, items, item, "memory item", {"id": item.id}, **columns)
+    if new:
+        _announce(connection, item, why)
+    return new
 
 
 def _origins(connection: Connection, item: Item) -> set[str]:
