@@ -23,12 +23,13 @@ import logging
 import os
 import secrets
 import shutil
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -239,6 +240,7 @@ class Index:
                 if kept is None or not collection.name.startswith(f"{kept.name}-"):
                     self._client.delete_collection(collection.name)
             self._collections.clear()
+            _sweep(self._folder)
 
     def _collection(self, build: Build, kind: MemoryKind, tenant: str, create: bool = False) -> Any:
         """The tenant's collection of this kind; None where nothing was ever added."""
@@ -395,6 +397,17 @@ def _client(folder: Path) -> Any:
     from chromadb.config import Settings
 
     return chromadb.PersistentClient(str(folder), settings=Settings(anonymized_telemetry=False))
+
+
+def _sweep(folder: Path) -> None:
+    """Remove the vector files that Chroma leaves behind when it deletes a collection."""
+    # Listed first: a folder that is in use has had its row before it came to be.
+    present = [path for path in folder.iterdir() if path.is_dir()]
+    with closing(sqlite3.connect(f"file:{folder / 'chroma.sqlite3'}?mode=ro", uri=True)) as connection:
+        living = {row[0] for row in connection.execute("SELECT id FROM segments")}
+    for path in present:
+        if path.name not in living:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _own(folder: Path) -> IO[str]:

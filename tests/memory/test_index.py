@@ -262,6 +262,27 @@ def test_a_harmed_folder_is_noticed_and_made_again(
     ledger.close()
 
 
+def test_a_former_build_leaves_no_vectors_on_the_disk(filled: Path, tmp_path: Path, embedder: Embedder):
+    home = tmp_path / "home"
+    shutil.copytree(filled, home)
+    ledger = Ledger.open(f"sqlite:///{home}/ledger.db")
+    index = Index.open(home / "chroma", embedder)
+    before = {path.name for path in (home / "chroma").iterdir() if path.is_dir()}
+    assert rebuild(ledger, index) == 1100
+    after = {path.name for path in (home / "chroma").iterdir() if path.is_dir()}
+    assert before
+    assert len(after) == 1
+    assert not before & after
+    text = ledger.principles()[500].text
+    assert index.query(MemoryKind.PRINCIPLE, "default", text, 1)[0][0] == ledger.principles()[500].id
+    index.close()
+    again = Index.open(home / "chroma", embedder)
+    assert not again.needs_rebuild
+    assert sync(ledger, again) == 1100
+    again.close()
+    ledger.close()
+
+
 def test_an_index_killed_while_it_follows_catches_up(tmp_path: Path, embedder: Embedder):
     script = """
 import os, signal, sys, threading
