@@ -13,6 +13,9 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from serve.diff import GenerationDiff
+from serve.lineage import Lineage
+
 T = TypeVar("T")
 REF = "#/components/schemas/{model}"
 _EVENT = {
@@ -312,6 +315,8 @@ REPLIES: dict[tuple[str, str], type[BaseModel]] = {
     ("get", "/v1/generations"): Plain[GenerationBody],
     ("post", "/v1/generations/{number}/promote"): PromotionBody,
     ("post", "/v1/generations/rollback"): PromotionBody,
+    ("get", "/v1/generations/{number}/diff/{other}"): GenerationDiff,
+    ("get", "/v1/lineage/{record_id}"): Lineage,
     ("get", "/v1/evaluations"): Page[Record],
     ("post", "/v1/evaluations"): Plain[Record],
     ("get", "/v1/feedback"): Page[Record],

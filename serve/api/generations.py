@@ -1,24 +1,27 @@
-"""Generations and their evaluations: `/v1/generations`, `/v1/evaluations`."""
+"""Generations, their evaluations and where they come from: `/v1/generations`, `/v1/evaluations`, `/v1/lineage`."""
 
 from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Path, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from evals.runner import evaluate
 from memory.errors import ConfigError
 from memory.night_records import Generation
-from serve import promotion
+from serve import diff, lineage, promotion
 from serve.api.auth import Scope, caller_of, requires
 from serve.stages import store_evaluation
 from serve.suites import configured_suites
 from serve.wiring import Services
 
 router = APIRouter(dependencies=[requires(Scope.OPERATE)])
+
+Number = Annotated[int, Path(ge=0, lt=2**31)]
+"""A generation's; what no integer column could hold is refused as what it is."""
 
 
 class PromotionRequest(BaseModel):
@@ -68,6 +71,21 @@ async def rollback(body: PromotionRequest, request: Request) -> dict[str, Any]:
     services = _services(request)
     done = await promotion.rollback(services.ledger, services.residency, why=body.why, by=caller_of(request).name)
     return done.model_dump(mode="json")
+
+
+@router.get("/v1/generations/{number}/diff/{other}")
+def compare(number: Number, other: Number, request: Request, suite: str | None = None) -> dict[str, Any]:
+    """Both generations on the same tasks, from stored evaluations; texts of the caller's tenant only."""
+    tenant = caller_of(request).tenant
+    found = diff.compare(_services(request).ledger, number, other, tenant=tenant, suite=suite)
+    return found.model_dump(mode="json")
+
+
+@router.get("/v1/lineage/{record_id}")
+def trace(record_id: str, request: Request, limit: int = Query(default=20, ge=1, le=1000)) -> dict[str, Any]:
+    """Where a reply came from and what it taught; `limit`: examples listed for each generation behind it."""
+    found = lineage.trace(_services(request).ledger, record_id, tenant=caller_of(request).tenant, limit=limit)
+    return found.model_dump(mode="json")
 
 
 @router.get("/v1/evaluations")
