@@ -135,6 +135,7 @@ def recall(
     rounds: int = ROUNDS,
     queries: int = QUERIES,
     fill_s: float = FILL_S,
+    search_s: float = SEARCH_S,
 ) -> BenchResult:
     """Speed and size of recall beside mem0 and LangMem: same texts, same embedder, no LLM, in rounds that alternate."""
     texts, asked = _texts(max(sizes)), _texts(queries, seed=ASKED_SEED)
@@ -150,10 +151,11 @@ def recall(
         for size in sizes:
             for each in contenders:
                 figures |= _grow(each, size, fill_s)
+                print(f"{each.name}: {each.stored} of {size} stored", file=sys.stderr)
                 each.rounds.clear()
             for _ in range(rounds):
                 for each in contenders:
-                    each.rounds.append(each.do(do="search", k=K, budget_s=SEARCH_S))
+                    each.rounds.append(each.do(do="search", k=K, budget_s=search_s))
             figures |= _speed(contenders, size, exact)
         rebuilt = contenders[0].do(do="rebuild")
         figures[f"ours_rebuild_s_at_{max(sizes)}"] = round(rebuilt["seconds"], 2)
