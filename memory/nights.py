@@ -26,6 +26,9 @@ from memory.night_records import (
 from memory.records import Example, now
 from memory.schema import evaluations, examples, generations, nights, promotions, stages
 
+MAX_NUMBER = 2**31 - 1
+"""What the databases' integer columns hold: no generation has a higher number."""
+
 
 def add_generation(connection: Connection, generation: Generation) -> None:
     """Add a generation; a champion only while there is none."""
@@ -39,6 +42,8 @@ def add_generation(connection: Connection, generation: Generation) -> None:
 
 def generation(connection: Connection, number: int) -> Generation:
     """The generation of that number; raises `NotFoundError`."""
+    if not 0 <= number <= MAX_NUMBER:
+        raise NotFoundError(f"no generation {number} in the ledger")
     return rows.find(connection, generations, Generation, "generation", {"number": number})
 
 
@@ -227,6 +232,8 @@ def find_evaluations(
     query = select(evaluations.c.body).order_by(evaluations.c.seq)
     if night_id is not None:
         query = query.where(evaluations.c.night_id == night_id)
+    if generation_number is not None and not 0 <= generation_number <= MAX_NUMBER:
+        return []
     if generation_number is not None:
         query = query.where(evaluations.c.generation == generation_number)
     if suite_hash is not None:

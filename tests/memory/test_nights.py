@@ -169,3 +169,10 @@ def test_evaluations_are_found_by_night_generation_and_suite(ledger: Ledger):
     assert ledger.evaluations() == [champion, candidate, control]
     assert ledger.evaluations(night_id=night.id, suite_hash="s1") == [candidate]
     assert ledger.evaluations(generation=0) == [champion]
+
+
+@pytest.mark.parametrize("number", [-1, 2**31, 10**30])
+def test_a_number_that_no_database_can_hold_is_the_number_of_no_generation(ledger: Ledger, number: int):
+    with pytest.raises(NotFoundError):
+        ledger.generation(number)
+    assert ledger.evaluations(generation=number) == []
