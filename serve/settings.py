@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from agent.llm import LLMConfig
@@ -22,6 +22,7 @@ from memory.errors import ConfigError
 from memory.life import LifeConfig
 from memory.recall import RecallConfig
 from serve.engine import EngineConfig
+from serve.schedule import check
 
 TOML_FILE = "nightschool.toml"
 
@@ -73,6 +74,9 @@ class NightConfig(BaseModel):
         default=0.2, ge=0, le=0.9, description="share of judged tasks kept for the gate when no suite file is given"
     )
     concurrency: int = Field(default=32, ge=1, description="evaluation runs at once")
+    schedule: Annotated[str, AfterValidator(check)] | None = Field(
+        default=None, description="cron expression, local time ('0 2 * * *'): the service begins a night then"
+    )
 
 
 class Settings(BaseSettings):
