@@ -1,0 +1,94 @@
+"""Nights by a clock that the test winds."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import datetime, timedelta
+
+import pytest
+
+from memory.errors import ConfigError, ConflictError, LedgerError
+from serve import schedule
+from serve.settings import load_settings
+
+MIDNIGHT = datetime(2026, 11, 23)
+
+
+class WoundUpError(Exception):
+    """The end of a test's time."""
+
+
+class Clock:
+    """Time passes by sleeping alone, and jumps where the test says so."""
+
+    def __init__(self, until: datetime, jumps: dict[datetime, timedelta] | None = None) -> None:
+        self.now = MIDNIGHT
+        self.until = until
+        self.jumps = jumps or {}
+
+    async def sleep(self, seconds: float) -> None:
+        self.now += timedelta(seconds=seconds)
+        for moment in [m for m in self.jumps if m <= self.now]:
+            self.now += self.jumps.pop(moment)
+        if self.now > self.until:
+            raise WoundUpError
+
+
+def begun(cron: str, clock: Clock, refusals: list[Exception] | None = None) -> list[datetime]:
+    """When nights were begun until the clock stopped; the first ones are refused as said."""
+    times: list[datetime] = []
+    refused = list(refusals or [])
+
+    def begin() -> None:
+        times.append(clock.now)
+        if refused:
+            raise refused.pop(0)
+
+    with pytest.raises(WoundUpError):
+        asyncio.run(schedule.keep(cron, begin, lambda: clock.now, clock.sleep))
+    return times
+
+
+def test_a_night_begins_at_each_time_and_once() -> None:
+    times = begun("0 2 * * *", Clock(MIDNIGHT + timedelta(days=3)))
+    assert times == [MIDNIGHT + timedelta(days=day, hours=2) for day in range(3)]
+
+
+def test_a_refused_night_does_not_end_the_schedule() -> None:
+    refusals: list[Exception] = [ConflictError("a night is running"), LedgerError("the disk is full")]
+    times = begun("0 2 * * *", Clock(MIDNIGHT + timedelta(days=3)), refusals)
+    assert len(times) == 3
+
+
+def test_a_time_that_was_slept_through_is_not_made_up() -> None:
+    asleep = {MIDNIGHT + timedelta(hours=1): timedelta(hours=4)}
+    times = begun("0 2 * * *", Clock(MIDNIGHT + timedelta(days=2), asleep))
+    assert times == [MIDNIGHT + timedelta(days=1, hours=2)]
+
+
+def test_a_time_that_was_missed_by_a_minute_is_kept() -> None:
+    asleep = {MIDNIGHT + timedelta(hours=1, minutes=59): timedelta(minutes=2)}
+    times = begun("0 2 * * *", Clock(MIDNIGHT + timedelta(days=1), asleep))
+    assert times == [MIDNIGHT + timedelta(hours=2, minutes=1)]
+
+
+def test_the_schedule_ends_with_the_service() -> None:
+    async def live() -> int:
+        async with schedule.kept("* * * * *", lambda: None):
+            during = len(asyncio.all_tasks())
+        return during - len(asyncio.all_tasks())
+
+    assert asyncio.run(live()) == 1
+
+
+@pytest.mark.parametrize("cron", ["at two", "0 2 * *", "0 2 * * * *", "61 2 * * *", "0 25 * * *"])
+def test_what_is_no_cron_expression_is_refused_at_the_start(cron: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NIGHTSCHOOL_NIGHT__SCHEDULE", cron)
+    with pytest.raises(ConfigError, match=r"night\.schedule"):
+        load_settings()
+
+
+def test_there_is_no_schedule_until_one_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load_settings().night.schedule is None
+    monkeypatch.setenv("NIGHTSCHOOL_NIGHT__SCHEDULE", "0 2 * * *")
+    assert load_settings().night.schedule == "0 2 * * *"
