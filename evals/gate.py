@@ -23,11 +23,17 @@ The rule, with the defaults:
    A loss that stays within the margin is allowed: that is what a margin is.
 3. Sight. A control on which the champion's own success rate is not above the margin can never lose
    that much: it is listed as blind and counts for nothing. At least one control must see.
+4. Drift. Small losses, each within its margin, add up over nights. Given generation 0's evaluation of
+   a control suite, the candidate's net loss against it may not exceed the margin either.
+5. Length, when `length_factor` is set: the median answer on a control suite may not grow or shrink by
+   more than that factor, in characters. A `contains` verifier is easily pleased by an adapter that
+   rambles, or says one word.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from statistics import median
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -58,6 +64,9 @@ class GateConfig(BaseModel):
     """Margins of single suites by name."""
     control_slack: float = Field(default=2.5, ge=1.0)
     """A loss of this many margins must be implausible."""
+    length_factor: float | None = Field(default=None, gt=1.0)
+    """How many times longer or shorter the median control answer may become; None: not judged. Leave it off
+    where a suite's answers are actions, which learning to act shortens rightly."""
     require_controls: bool = True
     """Without a control suite that can show a loss nothing is promoted."""
 
@@ -91,6 +100,17 @@ class GateRow(BaseModel):
     """Held-out: better, same, unproven, worse. Control: held, lost, unclear, blind. `part`: not judged alone."""
 
 
+class LengthRow(BaseModel):
+    """Median length of the answers to one control suite, in characters; no answer counts 0."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    suite: str
+    champion: float
+    candidate: float
+    drifted: bool
+
+
 class GateDecision(BaseModel):
     """The verdict, one sentence with numbers for every reason, and the table behind them."""
 
@@ -99,10 +119,19 @@ class GateDecision(BaseModel):
     verdict: Verdict
     reasons: list[str]
     table: list[GateRow]
+    lengths: list[LengthRow] = Field(default_factory=list)
 
 
-def decide(held_out: Sequence[Pair], controls: Sequence[Pair], config: GateConfig | None = None) -> GateDecision:
+def decide(
+    held_out: Sequence[Pair],
+    controls: Sequence[Pair],
+    config: GateConfig | None = None,
+    base: Sequence[Evaluation] = (),
+) -> GateDecision:
     """Judge a candidate by evaluations of the same suites under the same settings.
+
+    `base` are generation 0's stored evaluations. One of a control suite as it is now, under the same
+    settings, is compared with the candidate too; its memory may be an older one. Others are passed over.
 
     Raises: ConfigError when a pair differs in suite, content hash, role, task keys, settings or memory,
     or when a suite is given in the wrong role: such a comparison means nothing.
@@ -118,11 +147,25 @@ def decide(held_out: Sequence[Pair], controls: Sequence[Pair], config: GateConfi
         verdicts.append("not_enough_evidence")
         seen = "Every control suite is one the champion fails itself" if judged else "No control suite was run"
         reasons.append(f"{seen}, so forgetting could not have been seen.")
+    drifts = [_judge_drift(*found, config) for found in _with_base(controls, base)]
+    if any(row.state == "lost" for row, _ in drifts):
+        verdicts.append("reject")
+    lengths = [] if config.length_factor is None else [_length(pair, config.length_factor) for pair in controls]
+    if any(row.drifted for row in lengths):
+        verdicts.append("reject")
+    reasons += [reason for _, reason in drifts]
+    reasons += [
+        f"Control {row.suite!r}: the median answer went from {row.champion:.0f} to {row.candidate:.0f} characters, "
+        f"more than {config.length_factor:g}-fold."
+        for row in lengths
+        if row.drifted
+    ]
     order: list[Verdict] = ["reject", "not_enough_evidence", "promote"]
     return GateDecision(
         verdict=min(verdicts, key=order.index),
         reasons=reasons,
-        table=[gain, *parts, *(row for row, _, _ in judged)],
+        table=[gain, *parts, *(row for row, _, _ in judged), *(row for row, _ in drifts)],
+        lengths=lengths,
     )
 
 
@@ -214,6 +257,38 @@ def _judge_control(pair: Pair, config: GateConfig) -> tuple[GateRow, Verdict, st
         why = f"a loss beyond {floor:.0f} points stays plausible, more control tasks are needed"
         return judged("unclear", "not_enough_evidence", why)
     return judged("held", "promote", f"within the {margin:.0f} points it may lose")
+
+
+def _with_base(controls: Sequence[Pair], base: Sequence[Evaluation]) -> list[Pair]:
+    found = []
+    for champion, candidate in controls:
+        # Against itself there is no drift to see: while generation 0 serves, the control says it all.
+        alike = [
+            e
+            for e in base
+            if e.generation == 0 != champion.generation
+            and (e.suite_hash, e.role, e.settings, e.memory)
+            == (candidate.suite_hash, candidate.role, candidate.settings, candidate.memory)
+        ]
+        found += [(alike[-1], candidate)] if alike else []
+    return found
+
+
+def _judge_drift(first: Evaluation, candidate: Evaluation, config: GateConfig) -> tuple[GateRow, str]:
+    margin = 100 * config.margin(first.suite)
+    pairs = [(first.suite, a, b) for a, b in pair_outcomes(first, candidate, same_settings=False)]
+    row = _row(f"{first.suite} (against generation 0)", "control", pairs, config, margin=margin)
+    lost = row.points < -margin - 1e-9
+    told = _told(row, f"Since generation 0 control {first.suite!r}", config)
+    why = "more in all nights together than" if lost else "within"
+    return row.model_copy(update={"state": "lost" if lost else "held"}), f"{told}: {why} the {margin:.0f} points."
+
+
+def _length(pair: Pair, factor: float) -> LengthRow:
+    of = [median([len((o.answer or "").strip()) for o in e.outcomes]) if e.outcomes else 0.0 for e in pair]
+    # Two answers of a word or two differ by any factor and by nothing that matters.
+    short, long = (max(length, 10.0) for length in sorted(of))
+    return LengthRow(suite=pair[0].suite, champion=of[0], candidate=of[1], drifted=long > factor * short)
 
 
 def _workload_rows(evaluations: Sequence[Pair], config: GateConfig) -> list[GateRow]:

@@ -16,10 +16,13 @@ from evals.suites import EvalTask, Suite
 from memory.errors import ConfigError, ContextLengthError, ModelError, VerifierError
 from memory.night_records import Evaluation, TaskOutcome
 from memory.recall import NoMemory
-from memory.records import Purpose, StopReason, Trajectory
+from memory.records import OutcomeSource, Purpose, StopReason, Trajectory
 
 _THE_MODELS_OWN = ContextLengthError.__name__
 """A conversation that outgrew the context is the model's doing: a failed task, no hole."""
+
+JUDGES: frozenset[OutcomeSource] = frozenset({OutcomeSource.VERIFIER, OutcomeSource.USER})
+"""A critic is a model, and what trains against it learns to please it: its word counts for nothing here."""
 
 
 async def evaluate(
@@ -109,6 +112,11 @@ def _outcome(item: EvalTask, trajectory: Trajectory) -> TaskOutcome:
         raise VerifierError(
             f"task {item.key!r} could not be judged ({trajectory.error or 'it names no verifier'}): "
             "give it a verifier or a reference"
+        )
+    if trajectory.outcome is not None and trajectory.outcome.by not in JUDGES:
+        raise VerifierError(
+            f"task {item.key!r} was judged by a {trajectory.outcome.by.value}: only a verifier's or a user's word "
+            "may decide what is served; give it a verifier or a reference"
         )
     return TaskOutcome(
         key=item.key,
