@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from agent.codec import wire
 from distill.recipes import load
-from distill.runs import task_messages
+from distill.runs import MISTAKE, task_messages
 from distill.snapshot import Snapshot
 from memory.records import MALFORMED, RECALLED, Example, ExampleKind, Message, content_hash, text_of
 
@@ -59,6 +59,8 @@ def _flaw(snapshot: Snapshot, example: Example) -> str | None:
             return "does not end with an assistant turn"
         if any(m.get("name") == MALFORMED for m in turns):
             return "holds an unreadable turn"
+        if turns[-1].get("name") == MISTAKE:
+            return "ends with a mistake"
     else:
         sides = (example.chosen or [], example.rejected or [])
         if any(len(side) != 1 or side[0].get("role") != "assistant" for side in sides):
@@ -87,4 +89,4 @@ def _lesson(example: Example) -> str:
         ]
 
     parts = (plain(example.messages), plain(example.chosen), plain(example.rejected))
-    return content_hash([example.kind, example.tenant, *parts])
+    return content_hash([example.kind, example.tenant, example.bare, *parts])

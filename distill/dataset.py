@@ -143,7 +143,7 @@ def _laid_out(
     laid_out: dict[str, Example] = {}
     for example in chosen:
         task = snapshot.tasks[example.task_id]
-        served = layout.served(example, task)
+        served = layout.bare(example, task) if example.bare else layout.served(example, task)
         laid_out.setdefault(served.id, served)
         repeated = _fraction(snapshot, config, task.fingerprint) < config.repeat_without
         if repeated and served.with_memory and served.kind is ExampleKind.SFT:

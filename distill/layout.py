@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from distill.runs import task_messages
+from distill.runs import MISTAKE, task_messages
 from memory.recall import Recall, Recaller
 from memory.records import RECALLED, Example, Message, Task
 
@@ -46,6 +46,9 @@ class Layout:
             {**m, "name": RECALLED} if m.get("role") == "assistant" else m
             for m in self._compose(task, example.tools, recall)
         ]
-        run = example.messages[len(task_messages(task)) :]
+        run = [
+            {**m, "name": RECALLED} if m.get("name") == MISTAKE else m
+            for m in example.messages[len(task_messages(task)) :]
+        ]
         laid_out = example.model_copy(update={"messages": prefix + run, "with_memory": recall is not None})
         return laid_out.model_copy(update={"id": f"ex_{laid_out.content_hash[:32]}"})

@@ -1,26 +1,53 @@
 """Replay: earlier nights' examples again, so that a night does not unlearn the ones before it.
 
-A fixed share, as a plain form of replay scheduling (Klasson et al., arXiv 2209.08660); which examples
-follows from their hash and the seed, so the same snapshot gives the same dataset.
+Replay scheduling (Klasson et al., arXiv 2209.08660): which old tasks to replay when matters while there is
+room for few. A fixed share is the plain form; `replay_shares` raises it where retention dropped. Which
+examples follows from their hash and the seed, so the same snapshot gives the same dataset.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from memory.records import Example, ExampleKind, content_hash
 
 
-def replay(earlier: Iterable[Example], *, new: int, share: float, seed: int) -> list[Example]:
-    """`share` earlier SFT examples for each of `new` ones, workloads in turn, without repeats."""
+def replay(
+    earlier: Iterable[Example], *, new: int, share: float, seed: int, shares: Mapping[str, float] | None = None
+) -> list[Example]:
+    """`share` earlier SFT examples for each of `new` ones, workloads in turn, without repeats.
+
+    With `shares` (`replay_shares`) each workload has its own instead, divided by the number of workloads: equal
+    shares come to the same total as one.
+    """
     by_workload: dict[str, list[Example]] = {}
     unique = {e.content_hash: e for e in earlier if e.kind is ExampleKind.SFT}
     for example in sorted(unique.values(), key=lambda e: content_hash([seed, e.content_hash])):
         by_workload.setdefault(example.workload, []).append(example)
+    if shares is not None:
+        for workload, examples in by_workload.items():
+            del examples[round(new * shares.get(workload, share) / len(by_workload)) :]
+        wanted = sum(map(len, by_workload.values()))
+    else:
+        wanted = min(round(new * share), len(unique))
     picked: list[Example] = []
-    wanted = min(round(new * share), len(unique))
     while len(picked) < wanted:
         for workload in sorted(by_workload):
             if by_workload[workload] and len(picked) < wanted:
                 picked.append(by_workload[workload].pop(0))
     return picked
+
+
+def replay_shares(
+    share: float, before: Mapping[str, float], now: Mapping[str, float], *, gain: float = 5.0, most: float = 3.0
+) -> dict[str, float]:
+    """Each workload's replay share by its retention: success in 0..1 at its last good evaluation and now.
+
+    Every tenth of success lost adds `gain` tenths of `share`, up to `most` times `share`. A workload that did
+    not drop, or was not measured on both occasions, keeps `share`: retention never lowers it.
+    """
+    shares: dict[str, float] = {}
+    for workload in sorted({*before, *now}):
+        lost = max(0.0, before[workload] - now[workload]) if workload in before and workload in now else 0.0
+        shares[workload] = share * min(most, 1 + gain * lost)
+    return shares

@@ -18,6 +18,9 @@ from memory.records import MALFORMED, RECALLED, Message, Task, Trajectory, text_
 Action = tuple[str, ...]
 """One assistant turn in normal form: ("say", text) or ("call", name, arguments, name, arguments, …)."""
 
+MISTAKE = "mistake"
+"""The `name` that a recipe gives to a turn that is to be read and not learned: `distill.layout` keeps the loss off."""
+
 _SYSTEM_ROLES = ("system", "developer")
 _KEPT = ("role", "content", "tool_calls", "tool_call_id")
 

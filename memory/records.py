@@ -406,6 +406,8 @@ class Example(Record):
     sources: list[str] = Field(default_factory=list)
     """Ids of the trajectories and feedback it was made from."""
     with_memory: bool = False
+    bare: bool = False
+    """It teaches to do without memory, so its prompt never shows any."""
 
     @property
     def content_hash(self) -> str:

@@ -12,6 +12,11 @@ from importlib.metadata import entry_points
 
 from distill.recipes.contrast import contrast
 from distill.recipes.corrections import corrections
+from distill.recipes.dissatisfaction import dissatisfaction
+from distill.recipes.internalise import internalise
+from distill.recipes.intervene import intervene
+from distill.recipes.preference import preference
+from distill.recipes.revise import revise
 from distill.recipes.successes import successes
 from distill.snapshot import Snapshot
 from memory.errors import ConfigError, boundary
@@ -21,8 +26,17 @@ Recipe = Callable[[Snapshot], Iterable[Example]]
 
 GROUP = "nightschool.recipes"
 
-RECIPES: dict[str, Recipe] = {"corrections": corrections, "successes": successes, "contrast": contrast}
-"""The built-in recipes, in the order of their say when two examples teach the same."""
+RECIPES: dict[str, Recipe] = {
+    "corrections": corrections,
+    "successes": successes,
+    "contrast": contrast,
+    "internalise": internalise,
+    "intervene": intervene,
+    "revise": revise,
+    "dissatisfaction": dissatisfaction,
+    "preference": preference,
+}
+"""The built-in recipes by name; a night runs those that `night.recipes` names, in that order."""
 
 
 def load(names: Iterable[str]) -> dict[str, Recipe]:

@@ -8,11 +8,11 @@ successes also forget least: they are the model's own text (arXiv 2507.05386).
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from distill.runs import actions_of, by_usefulness, rendered_tools, run_of, task_messages
 from distill.snapshot import Snapshot, score_of
-from memory.records import Example, ExampleKind, FeedbackKind, OutcomeSource
+from memory.records import Example, ExampleKind, FeedbackKind, OutcomeSource, Trajectory
 
 PER_TASK = 4
 """Distinct successes kept for one question."""
@@ -20,10 +20,15 @@ PER_TASK = 4
 
 def successes(snapshot: Snapshot) -> Iterator[Example]:
     """The distinct successes of each question, runs that show their work first, then the shortest."""
+    return distinct_successes(snapshot, lambda _trajectory: True)
+
+
+def distinct_successes(snapshot: Snapshot, wanted: Callable[[Trajectory], bool]) -> Iterator[Example]:
+    """The same over those runs that are `wanted`."""
     found: defaultdict[tuple[str, str], list[tuple[tuple[object, ...], Example]]] = defaultdict(list)
     for trajectory, task, outcome in snapshot.own_successes():
         run = run_of(trajectory, task)
-        if run is None:
+        if run is None or not wanted(trajectory):
             continue
         sources = [trajectory.id]
         if outcome.by is OutcomeSource.USER:

@@ -1,0 +1,74 @@
+"""`dissatisfaction`: what a user complained about against a fresh success of a later run, as a DPO pair.
+
+DRIFT (arXiv 2510.02341): complaints are plenty and praise is rare, so the answer complained about is
+rejected, and the chosen one is sampled from today's model and must pass; fixed good answers would
+become stale as the model moves on. Of several complaints about one question the rejected one is chosen by
+`distill.sweet_spot`.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+
+from distill.partings import MODELS_FAULT, Better, Parting, Question, parting_of
+from distill.runs import by_usefulness, rendered_tools, run_of
+from distill.snapshot import Snapshot, corrections_of, score_of
+from distill.sweet_spot import sweet_spot
+from memory.records import Example, FeedbackKind, Task, Trajectory
+
+
+def dissatisfaction(snapshot: Snapshot) -> Iterator[Example]:
+    """At most one pair for each question; none where no own success came after the complaint's run."""
+    fresh = _fresh(snapshot)
+    scores: defaultdict[Question, list[float]] = defaultdict(list)
+    complained: defaultdict[Question, dict[str, tuple[float, Parting, list[str]]]] = defaultdict(dict)
+    for trajectory in snapshot.trajectories:
+        task, outcome = snapshot.tasks.get(trajectory.task_id), snapshot.outcome(trajectory)
+        if task is None or outcome is None:
+            continue
+        question = (task.tenant, task.fingerprint)
+        scores[question].append(outcome.score)
+        words = _complaints(snapshot, trajectory)
+        if outcome.success or not words or trajectory.stop_reason not in MODELS_FAULT:
+            continue
+        parting = _from_later(trajectory, task, fresh.get(question, []))
+        if parting is not None:
+            complained[question][trajectory.id] = (outcome.score, parting, words)
+    for question in sorted(complained):
+        found = complained[question]
+        picked = sweet_spot(scores[question], [(score, id) for id, (score, _, _) in found.items()])
+        _, parting, words = found[picked]
+        pair = parting.pair("dissatisfaction")
+        yield pair.model_copy(update={"sources": sorted({*pair.sources, *words})})
+
+
+def _complaints(snapshot: Snapshot, trajectory: Trajectory) -> list[str]:
+    """The ids of the trusted words that find fault with a run: a score below half, or a correction."""
+    said = snapshot.said_of(trajectory)
+    scores = [(f.id, score_of(f.value)) for f in said if f.kind is FeedbackKind.SCORE]
+    return [id for id, score in scores if score is not None and score < 0.5] + [
+        f.id for f in corrections_of(trajectory, said)
+    ]
+
+
+def _fresh(snapshot: Snapshot) -> dict[Question, list[tuple[Trajectory, Better]]]:
+    """Each question's own successes, the newest model's first."""
+    found: defaultdict[Question, list[tuple[Trajectory, Better]]] = defaultdict(list)
+    for trajectory, task, _ in snapshot.own_successes():
+        run = run_of(trajectory, task)
+        if run is not None:
+            better = Better(None, run, rendered_tools(trajectory), [trajectory.id])
+            found[task.tenant, task.fingerprint].append((trajectory, better))
+    for runs in found.values():
+        runs.sort(key=lambda one: (-one[0].generation, by_usefulness(one[1].run, one[1].tools), one[0].id))
+    return dict(found)
+
+
+def _from_later(worse: Trajectory, task: Task, fresh: list[tuple[Trajectory, Better]]) -> Parting | None:
+    for trajectory, better in fresh:
+        if trajectory.started_at > worse.started_at:
+            parting = parting_of(worse, task, better)
+            if parting is not None:
+                return parting
+    return None

@@ -1,0 +1,63 @@
+"""Replay: how many earlier examples come again, of which workload."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from distill.replay import replay, replay_shares
+from memory.records import Example, ExampleKind
+
+
+def earlier(**counts: int) -> list[Example]:
+    return [
+        Example(
+            recipe="successes",
+            kind=ExampleKind.SFT,
+            workload=workload,
+            task_id=f"task_{n}",
+            messages=[{"role": "user", "content": f"{workload} {n}"}, {"role": "assistant", "content": str(n)}],
+        )
+        for workload, count in counts.items()
+        for n in range(count)
+    ]
+
+
+def of(picked: list[Example]) -> Counter[str]:
+    return Counter(e.workload for e in picked)
+
+
+def test_one_share_takes_the_workloads_in_turn():
+    assert of(replay(earlier(sums=50, words=50), new=40, share=0.25, seed=0)) == {"sums": 5, "words": 5}
+
+
+def test_equal_shares_come_to_the_same_examples_as_one():
+    material = earlier(sums=50, words=50)
+    one = replay(material, new=40, share=0.25, seed=3)
+    assert replay(material, new=40, share=0.25, seed=3, shares={"sums": 0.25, "words": 0.25}) == one
+    assert replay(material, new=40, share=0.25, seed=3, shares={}) == one
+
+
+def test_a_workload_that_lost_success_is_replayed_more_and_the_others_as_before():
+    shares = replay_shares(0.25, {"sums": 0.9, "words": 0.8}, {"sums": 0.7, "words": 0.85})
+    assert shares == pytest.approx({"sums": 0.5, "words": 0.25})
+    assert of(replay(earlier(sums=50, words=50), new=40, share=0.25, seed=0, shares=shares)) == {"sums": 10, "words": 5}
+
+
+def test_the_share_is_raised_up_to_a_limit_and_only_by_what_is_there():
+    shares = replay_shares(0.25, {"sums": 1.0}, {"sums": 0.0})
+    assert shares == pytest.approx({"sums": 0.75})
+    assert of(replay(earlier(sums=7, words=50), new=40, share=0.25, seed=0, shares=shares)) == {"sums": 7, "words": 5}
+
+
+def test_a_workload_measured_only_once_keeps_the_share():
+    assert replay_shares(0.2, {"sums": 1.0}, {"words": 0.1}) == {"sums": 0.2, "words": 0.2}
+
+
+def test_what_is_replayed_does_not_depend_on_the_order_it_came_in():
+    material, shares = earlier(sums=20, words=20), {"sums": 0.5}
+    forward, backward = (
+        replay(given, new=20, share=0.25, seed=1, shares=shares) for given in (material, material[::-1])
+    )
+    assert forward == backward
