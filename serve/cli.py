@@ -122,12 +122,18 @@ def night(
     context: typer.Context,
     recipes: Annotated[str | None, typer.Option(help="comma-separated, instead of the settings'")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="only go on with an unfinished night")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what it would learn and cost; write nothing")] = False,
 ) -> None:
     """Distil, train, evaluate, then promote or reject. An unfinished night goes on first."""
     from serve.client import connect
     from serve.commands import follow_night, print_night
+    from serve.dry_run import Estimate, print_estimate
 
     with connect(_settings(context), _say) as client:
+        if dry_run:
+            asked = {"recipes": recipes.split(",")} if recipes else {}
+            print_estimate(Estimate.model_validate(client.post("/v1/fine_tuning/jobs/estimate", asked)), out)
+            return
         jobs = client.get("/v1/fine_tuning/jobs")["data"]
         unfinished = [job for job in jobs if job["status"] == "running"]
         if resume and not unfinished:

@@ -201,7 +201,7 @@ def make_dataset(run: NightRun) -> Output:
         else:
             recipes = run.night.options.get("recipes") or settings.night.recipes
             dataset = build(snap, recipes, services.memory, compose, config)
-        again = _replayed(run, snap, len(dataset.examples))
+        again = replayed(run, snap, len(dataset.examples))
         general = run.wait(rehearse(_base_answer(services), settings.night.rehearsal))
         dataset = replace(
             dataset,
@@ -257,7 +257,8 @@ def _base_answer(services: Services) -> Answer:
     return answer
 
 
-def _replayed(run: NightRun, snap: Snapshot, new: int) -> list[Any]:
+def replayed(run: NightRun, snap: Snapshot, new: int) -> list[Example]:
+    """Earlier nights' examples to train on beside `new` ones; none when the night starts from the base model."""
     ledger, settings = run.services.ledger, run.services.settings
     if _starts_from(run) == "base":
         return []

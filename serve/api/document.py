@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from serve.diff import GenerationDiff
+from serve.dry_run import Estimate
 from serve.lineage import Lineage
 
 T = TypeVar("T")
@@ -307,6 +308,7 @@ REPLIES: dict[tuple[str, str], type[BaseModel]] = {
     ("get", "/v1/batches/{batch_id}"): BatchBody,
     ("post", "/v1/batches/{batch_id}/cancel"): BatchBody,
     ("post", "/v1/fine_tuning/jobs"): JobBody,
+    ("post", "/v1/fine_tuning/jobs/estimate"): Estimate,
     ("get", "/v1/fine_tuning/jobs"): Page[JobBody],
     ("get", "/v1/fine_tuning/jobs/{job_id}"): JobBody,
     ("post", "/v1/fine_tuning/jobs/{job_id}/cancel"): JobBody,

@@ -13,7 +13,7 @@ from distill.uploads import Method
 from memory import files
 from memory.errors import ConfigError, NotEnoughExperienceError
 from memory.night_records import Night, NightStatus
-from serve import promotion
+from serve import dry_run, promotion
 from serve.api.auth import Caller, Scope, caller_of, requires
 from serve.events import read_events
 from serve.night import NightSchool
@@ -207,6 +207,18 @@ def _mine(services: Services, request: Request, job_id: str) -> Night:
     if owner is not None and owner != caller_of(request).tenant:
         return services.ledger.night(f"{job_id} (of your tenant)")
     return night
+
+
+@router.post("/v1/fine_tuning/jobs/estimate")
+async def estimate_job(body: JobRequest, request: Request) -> dict[str, Any]:
+    """What a night over the ledger would do now; nothing is started and nothing written."""
+    services, _ = _parts(request)
+    if body.training_file != LEDGER:
+        raise ConfigError("training_file: an estimate is of what the ledger holds; an uploaded file is what it is")
+    if unread := body.model_fields_set - {"model", "training_file", "recipes"}:
+        raise ConfigError(f"{min(unread)}: an estimate goes by the settings and the last night; leave it out")
+    options = {"recipes": body.recipes} if body.recipes else {}
+    return (await asyncio.to_thread(dry_run.estimate, services, options)).model_dump(mode="json")
 
 
 @router.get("/v1/fine_tuning/jobs")

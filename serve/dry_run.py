@@ -1,0 +1,179 @@
+"""What a night would do now: what it would learn from what, what that would cost, and whether it would skip itself.
+
+Writes nothing: feedback is judged in memory, suites are frozen in a folder that goes away. Two things differ from
+the night itself: principles that it would distil first are not in the recalled blocks yet, and rehearsed answers
+are counted by their prompts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+from pydantic import BaseModel
+from rich.console import Console
+from rich.table import Table
+
+from agent.prompts import compose
+from agent.verify import verify
+from distill.credit import credit
+from distill.dataset import build
+from distill.snapshot import Snapshot
+from memory.errors import NotEnoughExperienceError
+from memory.ledger import Ledger
+from memory.night_records import Night
+from memory.records import Example, Purpose
+from serve.stages import NightRun, Output, load_snapshot, replayed, snapshot
+from serve.wiring import Services
+
+CHARS_PER_TOKEN = 4
+"""Of English text, where no night has counted yet."""
+
+
+class Cost(BaseModel):
+    """What training would take. Tokens are those of one pass as the last night's rows had them, else by length."""
+
+    rows: int
+    tokens: int
+    measured: bool
+    """Whether an earlier night's figures are behind it."""
+    train_seconds: float | None
+    night_seconds: float | None
+    """All stages; None before the first night that trained."""
+
+
+class Estimate(BaseModel):
+    """A dry run's result."""
+
+    object: Literal["fine_tuning.estimate"] = "fine_tuning.estimate"
+    would_skip: bool
+    reasons: list[str]
+    starts_from: str
+    runs: int
+    """New ones, since the last promoted night where the champion is gone on from."""
+    feedback: dict[str, int]
+    """By trust, as tonight's judgement would leave it."""
+    examples: dict[str, int]
+    """By recipe, replayed and rehearsed ones included."""
+    dropped: dict[str, int]
+    """Reason -> examples left out."""
+    cost: Cost
+
+
+@dataclass(frozen=True)
+class _DryRun(NightRun):
+    """A night that is in no ledger and whose folder goes away."""
+
+    scratch: Path
+
+    @property
+    def folder(self) -> Path:
+        return self.scratch
+
+
+def estimate(services: Services, options: dict[str, Any]) -> Estimate:
+    """What a night with these options would do now. Raises ConfigError for an unknown recipe."""
+    drawn: Output = {}
+    with TemporaryDirectory() as folder:
+        run = _DryRun(services, Night(options=options), _silent, lambda _: drawn, Path(folder))
+        drawn.update(snapshot(run))
+        try:
+            snap = load_snapshot(run)
+        except NotEnoughExperienceError as exc:
+            return _skipped(drawn, str(exc))
+        return _estimated(run, drawn, snap)
+
+
+def print_estimate(found: Estimate, console: Console) -> None:
+    """The estimate on one screen."""
+    verdict = "would skip itself" if found.would_skip else f"would train {found.cost.rows} rows from the"
+    console.print(f"[bold]a night now {verdict}{'' if found.would_skip else f' {found.starts_from}'}[/bold]")
+    for reason in found.reasons:
+        console.print(f"  - {reason}", highlight=False, markup=False)
+    said = ", ".join(f"{count} {trust}" for trust, count in found.feedback.items())
+    console.print(f"{found.runs} new runs; feedback: {said or 'none'}", highlight=False)
+    table = Table("examples", "")
+    for recipe, count in found.examples.items():
+        table.add_row(recipe, str(count))
+    for reason, count in found.dropped.items():
+        table.add_row(f"[dim]left out: {reason}[/dim]", str(count))
+    console.print(table)
+    cost = found.cost
+    basis = "as the last night's" if cost.measured else "by the length of the texts"
+    console.print(f"about {cost.tokens} tokens ({basis})", highlight=False)
+    if cost.train_seconds is not None and cost.night_seconds is not None:
+        told = f"about {cost.train_seconds:.0f} s of training, {cost.night_seconds:.0f} s in all"
+        console.print(told, highlight=False)
+
+
+def _estimated(run: NightRun, drawn: Output, snap: Snapshot) -> Estimate:
+    services, settings, ledger = run.services, run.services.settings, run.services.ledger
+    everyone = ledger.trajectories(upto_seq=drawn["upto"]["trajectory"], purpose=Purpose.SERVE)
+    said = {f.id: f for f in ledger.feedback(upto_seq=drawn["upto"]["feedback"])}
+    for judged in credit(said.values(), everyone, ledger.tasks(t.task_id for t in everyone), verify):
+        standing = {"trust": judged.trust, "trust_reason": judged.reason}
+        said[judged.feedback_id] = said[judged.feedback_id].model_copy(update=standing)
+    material = {t.id for t in [*snap.trajectories, *snap.begun]}
+    heard = [f for f in said.values() if f.trajectory_id in material]
+    # Zero, so that a night that is too small still shows what it has.
+    config = settings.dataset.model_copy(update={"min_examples": 0})
+    recipes = run.night.options.get("recipes") or settings.night.recipes
+    dataset = build(replace(snap, feedback=heard), recipes, services.memory, compose, config)
+    count, needed = sum(dataset.counts.values()), settings.night.min_examples
+    again = replayed(run, snap, len(dataset.examples))
+    rows = [*dataset.examples, *again]
+    too_few = f"only {count} examples to learn from, {needed} needed"
+    return Estimate(
+        would_skip=count < needed,
+        reasons=[too_few if count < needed else f"{count} examples to learn from, {needed} needed"],
+        starts_from=drawn["train_from"],
+        runs=drawn["runs"],
+        feedback=dict(sorted(Counter(f.trust.value for f in heard).items())),
+        examples={**dataset.counts, "replay": len(again), "rehearsal": settings.night.rehearsal},
+        dropped=dataset.dropped,
+        cost=_cost(ledger, rows, settings.night.rehearsal),
+    )
+
+
+def _skipped(drawn: Output, reason: str) -> Estimate:
+    return Estimate(
+        would_skip=True,
+        reasons=[reason],
+        starts_from=drawn["train_from"],
+        runs=drawn["runs"],
+        feedback={},
+        examples={},
+        dropped={},
+        cost=Cost(rows=0, tokens=0, measured=False, train_seconds=None, night_seconds=None),
+    )
+
+
+def _cost(ledger: Ledger, examples: list[Example], rehearsal: int) -> Cost:
+    """By the last night that trained; its rows and tonight's are alike, the service's workloads being the same."""
+    rows = len(examples) + rehearsal
+    for night in reversed(ledger.nights()):
+        trained = ledger.stage(night.id, "train")
+        if trained is None:
+            continue
+        done = trained.output
+        scale = rows / max(1, done["sft_rows"] + done["dpo_pairs"])
+        rest = sum(stage.seconds for stage in ledger.stages(night.id) if stage.stage != "train")
+        seconds = done["seconds"] * scale
+        return Cost(
+            rows=rows,
+            tokens=round(done["tokens"] * scale),
+            measured=True,
+            train_seconds=seconds,
+            night_seconds=rest + seconds,
+        )
+    parts = (part for e in examples for part in (e.messages, e.chosen, e.rejected) if part is not None)
+    length = sum(len(json.dumps(part, ensure_ascii=False)) for part in parts)
+    return Cost(rows=rows, tokens=length // CHARS_PER_TOKEN, measured=False, train_seconds=None, night_seconds=None)
+
+
+def _silent(stage: str, message: str, **data: Any) -> None:
+    """Nobody watches a dry run."""
