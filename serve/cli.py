@@ -16,6 +16,7 @@ from rich.console import Console
 from memory.errors import ConfigError, NightschoolError
 from serve.cli_batch import app as batch_app
 from serve.cli_keys import app as keys_app
+from serve.cli_memory import app as memory_app
 from serve.cli_nights import app as nights_app
 
 app = typer.Typer(
@@ -27,6 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(keys_app, name="keys")
+app.add_typer(memory_app, name="memory")
 app.add_typer(batch_app, name="batch")
 app.add_typer(nights_app)
 out = Console()

@@ -18,6 +18,7 @@ from serve.api import (
     fine_tuning,
     generations,
     keys,
+    memory,
     middleware,
     models,
     responses,
@@ -39,7 +40,7 @@ def create_app(services: Services, nights: NightSchool, operator_token: str | No
     app.state.keyring = Keyring(database, operator_token, keys_on=config.keys)
     errors.install(app)
     middleware.install(app, app.state.gate, app.state.keyring, database, config)
-    for room in (chat, models, responses, embeddings, files, batches, feedback, fine_tuning, generations, keys):
+    for room in (chat, models, responses, embeddings, files, batches, feedback, fine_tuning, generations, keys, memory):
         app.include_router(room.router)
     app.get("/healthz")(healthz)
     app.get("/readyz")(readyz)

@@ -13,6 +13,15 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from serve.api.memory_types import (
+    ForgottenBody,
+    MemoryDetail,
+    MemoryHit,
+    MemoryImport,
+    MemoryIndex,
+    MemoryItem,
+    MemoryStats,
+)
 from serve.diff import GenerationDiff
 from serve.dry_run import Estimate
 from serve.lineage import Lineage
@@ -326,6 +335,19 @@ REPLIES: dict[tuple[str, str], type[BaseModel]] = {
     ("get", "/v1/keys"): Page[KeyBody],
     ("delete", "/v1/keys/{key_id}"): KeyBody,
     ("post", "/v1/feedback"): Record,
+    ("get", "/v1/memory/items"): Page[MemoryItem],
+    ("post", "/v1/memory/items"): MemoryItem,
+    ("get", "/v1/memory/items/{item_id}"): MemoryDetail,
+    ("post", "/v1/memory/items/{item_id}"): MemoryItem,
+    ("post", "/v1/memory/items/{item_id}/pin"): MemoryItem,
+    ("post", "/v1/memory/items/{item_id}/unpin"): MemoryItem,
+    ("post", "/v1/memory/items/{item_id}/retire"): MemoryItem,
+    ("post", "/v1/memory/items/{item_id}/restore"): MemoryItem,
+    ("post", "/v1/memory/search"): Page[MemoryHit],
+    ("post", "/v1/memory/import"): MemoryImport,
+    ("get", "/v1/memory/stats"): MemoryStats,
+    ("post", "/v1/memory/reindex"): MemoryIndex,
+    ("post", "/v1/memory/forget"): ForgottenBody,
 }
 """The body of a 200, where FastAPI's own reading says only "any JSON"."""
 
@@ -342,10 +364,13 @@ EXAMPLES: dict[tuple[str, str], dict[str, Any]] = {
     },
     ("post", "/v1/embeddings"): {"two texts": {"model": "embedder", "input": ["one", "two"]}},
     ("post", "/v1/fine_tuning/jobs"): {"a night now": {"model": "nightschool"}},
+    ("post", "/v1/memory/items"): {"a rule": {"text": "Check the sum backwards before you answer."}},
+    ("post", "/v1/memory/search"): {"what is near": {"query": "adding up numbers"}},
     ("post", "/v1/keys"): {"a key for a client": {"name": "ada", "scopes": ["chat", "feedback"], "expires_in": "30d"}},
 }
 """Requests that are answered with 200."""
 
+LINES = {("get", "/v1/memory/export")}
 OCTETS = {("get", "/v1/files/{file_id}/content")}
 STREAMS = {("post", "/v1/chat/completions"), ("post", "/v1/responses")}
 
@@ -377,6 +402,8 @@ def complete(document: dict[str, Any]) -> dict[str, Any]:
         replies.pop("422", None)  # a body that does not fit is a 400 in OpenAI's shape
         if (method, path) in REPLIES:
             replies["200"]["content"] = {"application/json": {"schema": reference[REPLIES[method, path]]}}
+        if (method, path) in LINES:
+            replies["200"]["content"] = {"application/x-ndjson": {"schema": {"type": "string"}}}
         if (method, path) in OCTETS:
             replies["200"]["content"] = {"application/octet-stream": {"schema": {"type": "string"}}}
         if (method, path) in EXAMPLES:

@@ -11,14 +11,14 @@ from fastapi import APIRouter
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
 
-from serve.api import batches, chat, embeddings, errors, feedback, files, fine_tuning, generations, keys, models
+from serve.api import batches, chat, embeddings, errors, feedback, files, fine_tuning, generations, keys, memory, models
 from serve.api import responses as responses_room
 from serve.api.openai_types import ChatCompletionRequest, Extension
 from serve.api.response_types import ResponseRequest
 from serve.batch_lines import ENDPOINTS
 
 DOCS = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
-ROOMS = (chat, responses_room, models, embeddings, files, batches, feedback, fine_tuning, generations, keys)
+ROOMS = (chat, responses_room, models, embeddings, files, batches, feedback, fine_tuning, generations, keys, memory)
 PROSE = re.sub(r"```.*?```", "", DOCS, flags=re.DOTALL)
 NAMED = set(re.findall(r"[a-z_0-9]+", " ".join(re.findall(r"`[^`]+`", PROSE))))
 """Every word that stands in code marks, outside of examples."""
@@ -53,6 +53,12 @@ def test_every_endpoint_is_in_the_table(method: str, path: str) -> None:
         generations.EvaluationRequest,
         generations.PromotionRequest,
         keys.KeyRequest,
+        memory.NewPrinciple,
+        memory.Rewording,
+        memory.Reason,
+        memory.SearchRequest,
+        memory.ReindexRequest,
+        memory.ForgetRequest,
     ],
 )
 def test_every_field_of_a_request_is_named(model: type[BaseModel]) -> None:
