@@ -288,8 +288,13 @@ def _item_texts(connection: Connection, *wanted: object, limit: int | None = Non
 
 def candidates(connection: Connection, kind: MemoryKind, tenant: str, ids: list[str]) -> dict[str, Candidate]:
     """Those of the ids that are this tenant's recallable items of this kind."""
-    wanted = items.c.id.in_(ids), items.c.tenant == tenant, items.c.kind == kind
-    query = select(items.c.body).where(*wanted, items.c.status.in_(RECALLABLE))
+    # SQLite would walk the tenant's whole index instead of looking up the ids: an expression keeps it from that
+    # (14 ms became 0.1 ms at 30,000 items).
+    tenant_is, kind_is, status = (
+        func.coalesce(column, "") for column in (items.c.tenant, items.c.kind, items.c.status)
+    )
+    wanted = items.c.id.in_(ids), tenant_is == tenant, kind_is == kind, status.in_(RECALLABLE)
+    query = select(items.c.body).where(*wanted)
     found = {item.id: item for item in rows.read(connection, MODELS[kind], query)}
     origins: dict[str, set[str]] = {item_id: set() for item_id in found}
     for row in connection.execute(select(item_origins).where(item_origins.c.item_id.in_(list(found)))):

@@ -80,7 +80,7 @@ def run(
 ) -> tuple[Trajectory, list[ChatRequest]]:
     """The trajectory, and what the model was asked."""
     model = script if isinstance(script, ScriptedModel) else ScriptedModel(script)
-    known = {"recaller": recaller} if recaller else {}
+    known: dict[str, Any] = {"recaller": recaller} if recaller else {}
     deps = AgentDeps(llm=model, config=AgentConfig(**config), **known)
     doing = run_task(task, ModelRef(3, "gen-3@abc"), deps, purpose=Purpose.EVAL, sampling=sampling)
     return asyncio.run(doing), model.requests

@@ -90,7 +90,11 @@ def test_the_plain_model_neither_acts_nor_recalls(client: openai.OpenAI) -> None
         ({"model": "nightschool"}, 400, "messages"),
         ({"model": "nightschool", "messages": [{"role": "wizard", "content": "Hi"}]}, 400, "messages[0].role"),
         ({"model": "nightschool", "messages": [{"role": "user", "content": 3}]}, 400, "messages[0].content"),
-        ({"model": "nightschool", "messages": [{"role": "user", "content": "x"}], "verbosity": "low"}, 400, "verbosity"),
+        (
+            {"model": "nightschool", "messages": [{"role": "user", "content": "x"}], "verbosity": "low"},
+            400,
+            "verbosity",
+        ),
         (
             {"model": "nightschool", "messages": [{"role": "user", "content": "x"}], "temperature": 9},
             400,
