@@ -59,6 +59,8 @@ def fuzz(
         *("--checks", ",".join(CHECKS), "--max-examples", str(per_operation), "--seed", str(seed)),
         *("--header", f"Authorization: Bearer {key}", "--suppress-health-check", "all", "--request-timeout", "30"),
         *("--report", "ndjson", "--report-ndjson-path", str(events), "--warnings", "off", "--continue-on-failure"),
+        # Schemathesis has no serializer for lines of JSON; the import has tests of its own.
+        *("--exclude-path", "/v1/memory/import"),
         *(("--include-path-regex", only) if only else ()),
     ]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
