@@ -40,7 +40,7 @@ class Client:
         try:
             response = self._http.request(method, path, **kwargs)
         except httpx.TransportError as exc:
-            raise EngineError(f"the service at {self.url} does not answer ({type(exc).__name__})") from exc
+            raise _gone(self.url, exc) from exc
         try:
             body = response.json()
         except ValueError as exc:
@@ -71,11 +71,15 @@ class Client:
                     raise NotFoundError(f"the service answered {response.status_code} to {path}")
                 yield from response.iter_lines()
         except httpx.TransportError as exc:
-            raise EngineError(f"the service at {self.url} does not answer ({type(exc).__name__})") from exc
+            raise _gone(self.url, exc) from exc
 
     def close(self) -> None:
         """Close the connections."""
         self._http.close()
+
+
+def _gone(url: str, exc: Exception) -> EngineError:
+    return EngineError(f"the service at {url} does not answer ({type(exc).__name__}); the same command again goes on")
 
 
 @contextmanager
