@@ -27,7 +27,9 @@ from memory.errors import NotEnoughExperienceError
 from memory.ledger import Ledger
 from memory.night_records import Night
 from memory.records import Example, Purpose
-from serve.stages import NightRun, Output, load_snapshot, replayed, snapshot
+from serve.stages.dataset import replayed
+from serve.stages.material import load_snapshot, snapshot
+from serve.stages.night_run import NightRun, Output
 from serve.wiring import Services
 
 CHARS_PER_TOKEN = 4

@@ -16,7 +16,8 @@ from memory.errors import ConflictError, NightschoolError, NotEnoughExperienceEr
 from memory.night_records import GenerationStatus, Night, NightStatus, StageRun
 from serve import durable
 from serve.events import emitter
-from serve.stages import STAGES, CancelledNightError, NightRun, Output
+from serve.stages import STAGES
+from serve.stages.night_run import CancelledNightError, NightRun, Output
 from serve.wiring import Services
 
 log = logging.getLogger(__name__)

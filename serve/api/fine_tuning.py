@@ -17,7 +17,7 @@ from serve import dry_run, promotion
 from serve.api.auth import Caller, Scope, caller_of, requires
 from serve.events import read_events
 from serve.night import NightSchool
-from serve.stages import uploaded_examples
+from serve.stages.dataset import uploaded_examples
 from serve.wiring import Services
 
 router = APIRouter(dependencies=[requires(Scope.OPERATE)])

@@ -14,7 +14,7 @@ from memory.errors import ConfigError
 from memory.night_records import Generation
 from serve import diff, lineage, promotion
 from serve.api.auth import Scope, caller_of, requires
-from serve.stages import store_evaluation
+from serve.stages.evaluation import store_evaluation
 from serve.suites import configured_suites
 from serve.wiring import Services
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from serve import bench_agent
-from serve.benches_front import upstream
+from serve.benches import agent as bench_agent
+from serve.benches.front import upstream
 from serve.settings import Settings
 
 

@@ -22,8 +22,8 @@ from memory.errors import ConfigError, EngineError
 from memory.ledger import Ledger
 from memory.recall import Memory, RecallConfig
 from memory.records import text_of
-from serve import benches_memory
 from serve.benches import benches
+from serve.benches import memory as benches_memory
 from serve.engine import ROOT
 from tests.serve.fakes import settings_in
 

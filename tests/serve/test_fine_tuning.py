@@ -37,7 +37,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[openai.O
     save_suite(HELD_OUT, settings.suites_dir / "held_out.jsonl")
     with pytest.MonkeyPatch.context() as patch:
         # The trainer is a process of its own with torch in it; tests/distill runs it for real.
-        patch.setattr("serve.stages.launch.run", trained)
+        patch.setattr("serve.stages.training.launch.run", trained)
         with running(settings, pupil) as (url, services):
             yield openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0), services
 

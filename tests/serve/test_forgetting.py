@@ -12,7 +12,8 @@ from distill.train.config import TrainJob
 from memory import forget
 from memory.night_records import GenerationStatus, Night, NightStatus, StageRun
 from memory.records import Example, ExampleKind
-from serve import stages
+from serve.stages import snapshot, train
+from serve.stages.night_run import NightRun, Output
 from serve.wiring import Services
 from tests.memory import samples
 from tests.serve.fakes import fake_training, services_in, settings_in
@@ -48,7 +49,7 @@ def test_a_night_does_not_build_on_weights_that_know_what_was_forgotten(
         jobs.append(job)
         return fake_training(job)
 
-    monkeypatch.setattr("serve.stages.launch.run", training)
+    monkeypatch.setattr("serve.stages.training.launch.run", training)
     loop = asyncio.new_event_loop()
     with services_in(settings_in(tmp_path), lambda _: "No", loop) as services:
         ledger = services.ledger
@@ -58,14 +59,14 @@ def test_a_night_does_not_build_on_weights_that_know_what_was_forgotten(
         forget.forget(ledger.database, services.settings.data_dir, tenant="default", user=user, by="operator")
         night = Night()
         ledger.add_night(night)
-        done: dict[str, stages.Output] = {"dataset": {"folder": str(tmp_path)}}
+        done: dict[str, Output] = {"dataset": {"folder": str(tmp_path)}}
         said: list[str] = []
-        run = stages.NightRun(services, night, lambda _s, text, **_: said.append(text), done.__getitem__)
-        done["snapshot"] = stages.snapshot(run)
+        run = NightRun(services, night, lambda _s, text, **_: said.append(text), done.__getitem__)
+        done["snapshot"] = snapshot(run)
         assert done["snapshot"]["train_from"] == start
         assert done["snapshot"]["runs"] == 1
         assert ("forgotten" in said[0]) == (start == "base")
-        number = stages.train(run)["generation"]
+        number = train(run)["generation"]
         assert (jobs[0].parent_adapter is None) == (start == "base")
         made = ledger.generation(number)
         assert (made.parent, made.status) == (parent, GenerationStatus.CANDIDATE)

@@ -56,7 +56,7 @@ def pupil(request: ChatRequest) -> str:
 @pytest.fixture
 def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     # The trainer is a process of its own with torch in it; tests/distill runs it for real.
-    monkeypatch.setattr("serve.stages.launch.run", fake_training)
+    monkeypatch.setattr("serve.stages.training.launch.run", fake_training)
     made = settings_in(tmp_path)
     for suite in (HELD_OUT, chat_suite()):
         save_suite(suite, made.suites_dir / f"{suite.name}.jsonl")

@@ -1,7 +1,7 @@
 """The benchmarks of memory: `nightschool bench retrieval | recall | usefulness`.
 
 Owns what is compared with what. The labelled sets and rankings are in `evals.labelled` and `evals.retrieval`, the
-stores under load in `serve.bench_store` (ours) and `evals.peers` (mem0, LangMem; in an environment of their own).
+stores under load in `serve.benches.store` (ours) and `evals.peers` (mem0, LangMem; in an environment of their own).
 """
 
 from __future__ import annotations
@@ -212,7 +212,7 @@ class _Exact:
 @contextmanager
 def _contender(name: str, given: Path, folder: Path) -> Iterator[Contender]:
     commands = {
-        "ours": ["serve.bench_store"],
+        "ours": ["serve.benches.store"],
         "mem0": ["evals.peers.mem0_store", "qdrant"],
         "mem0_chroma": ["evals.peers.mem0_store", "chroma"],
         "langmem": ["evals.peers.langmem_store"],

@@ -1,7 +1,4 @@
-"""The benchmarks that need the composed service: `nightschool bench engine | train | swap`, and the registry of all.
-
-Each puts its baseline beside it in the same run and reports ratios: machines are noisy.
-"""
+"""`nightschool bench engine | train | swap`: the model server and the trainer, each beside its baseline."""
 
 from __future__ import annotations
 
@@ -15,10 +12,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from evals.bench import Bench, BenchResult, registry, result
+from evals.bench import BenchResult, result
 from memory.night_records import Generation, GenerationStatus
 from memory.records import Example, ExampleKind
-from serve import bench_agent, benches_front, benches_memory
 from serve.settings import Settings
 
 ACTION = r"Action: (calc|finish)\([^\n]{1,60}\)"
@@ -47,47 +43,8 @@ print(json.dumps({"seconds": seconds, "tokens": sum(len(tokenizer(text)["input_i
 """
 
 
-def benches(settings: Settings) -> dict[str, Bench]:
-    """The benchmarks by name."""
-    return registry(
-        Bench("engine", "tokens/s through our client against direct calls to vLLM", lambda: lambda: engine(settings)),
-        Bench("train", "tokens/s of each training profile against a stock TRL script", lambda: lambda: train(settings)),
-        Bench(
-            "gateway",
-            "latency added by the plain-model path, against LiteLLM's proxy",
-            lambda: lambda: benches_front.gateway(settings),
-        ),
-        Bench(
-            "batch",
-            "lines/s of a 10,000-line batch against a fake upstream, and peak memory",
-            lambda: lambda: benches_front.batch(settings),
-        ),
-        Bench(
-            "agent",
-            "tokens/s of a load through the agent against its own calls sent straight to vLLM",
-            lambda: lambda: bench_agent.agent(settings, _engine),
-        ),
-        Bench(
-            "retrieval",
-            "recall@1, @5 and MRR of every embedder, BM25 and both together, on labelled questions",
-            lambda: lambda: benches_memory.retrieval(settings),
-        ),
-        Bench(
-            "recall",
-            "latency, writes/s and size of memory at 1k, 10k and 100k items, beside mem0 and LangMem",
-            lambda: lambda: benches_memory.recall(settings),
-        ),
-        Bench(
-            "usefulness",
-            "held-out success of the base model without memory, with all of it, and with ours",
-            lambda: lambda: benches_memory.usefulness(settings, _engine),
-        ),
-        Bench("swap", "seconds to load, prove, switch and unload an adapter", lambda: lambda: swap(settings)),
-    )
-
-
 @asynccontextmanager
-async def _engine(settings: Settings, folder: Path) -> AsyncIterator[tuple[Any, Path]]:
+async def live_engine(settings: Settings, folder: Path) -> AsyncIterator[tuple[Any, Path]]:
     from serve.engine import Engine
     from serve.models import ensure_model
 
@@ -116,7 +73,7 @@ async def _bench_engine(settings: Settings, folder: Path) -> BenchResult:
 
     prompts = [[{"role": "user", "content": f"Compute {i} + {i * 7}. Reply with one action."}] for i in range(CALLS)]
     sampling = {"temperature": 0.0, "max_tokens": 40}
-    async with _engine(settings, folder) as (running, base), httpx.AsyncClient(timeout=600) as http:
+    async with live_engine(settings, folder) as (running, base), httpx.AsyncClient(timeout=600) as http:
         await asyncio.to_thread(_random_adapter, settings, base, folder / "adapter", 1)
         await adapters.load(running, "adapter", folder / "adapter")
         client, litellm = EngineClient(running, settings.llm), LiteLLMModel(running, settings.llm)
@@ -227,7 +184,7 @@ async def _bench_swap(settings: Settings, folder: Path, rounds: int) -> BenchRes
     from serve import adapters
 
     seconds: dict[str, list[float]] = {"load": [], "probe": [], "unload": []}
-    async with _engine(settings, folder) as (running, base):
+    async with live_engine(settings, folder) as (running, base):
         for number in range(1, rounds + 1):
             path = folder / f"adapter-{number}"
             await asyncio.to_thread(_random_adapter, settings, base, path, number)

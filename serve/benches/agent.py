@@ -20,7 +20,7 @@ from agent.llm import ChatRequest
 from evals.bench import BenchResult, result
 from memory.errors import EngineError
 from memory.records import PastRun, Task, Trajectory
-from serve.benches_front import Target, service
+from serve.benches.front import Target, service
 from serve.settings import Settings
 
 T = TypeVar("T")

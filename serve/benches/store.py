@@ -1,6 +1,6 @@
 """Our memory as `bench recall` measures it: a ledger on SQLite with durable commits, the index, and recall whole.
 
-Run as `python -m serve.bench_store TEXTS`; keeps everything in the working folder. What one search costs is what a
+Run as `python -m serve.benches.store TEXTS`; keeps everything in the working folder. What one search costs is what a
 request pays: embedding, nearest neighbours, the ledger's word on every candidate, ranking, the budget.
 """
 

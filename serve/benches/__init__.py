@@ -1,0 +1,57 @@
+"""`nightschool bench`: the registry of the benchmarks that need the composed service.
+
+Each puts its baseline beside it in the same run and reports ratios: machines are noisy.
+"""
+
+from __future__ import annotations
+
+from evals.bench import Bench, registry
+from serve.benches import agent, engine, front, memory
+from serve.settings import Settings
+
+
+def benches(settings: Settings) -> dict[str, Bench]:
+    """The benchmarks by name."""
+    return registry(
+        Bench(
+            "engine",
+            "tokens/s through our client against direct calls to vLLM",
+            lambda: lambda: engine.engine(settings),
+        ),
+        Bench(
+            "train",
+            "tokens/s of each training profile against a stock TRL script",
+            lambda: lambda: engine.train(settings),
+        ),
+        Bench(
+            "gateway",
+            "latency added by the plain-model path, against LiteLLM's proxy",
+            lambda: lambda: front.gateway(settings),
+        ),
+        Bench(
+            "batch",
+            "lines/s of a 10,000-line batch against a fake upstream, and peak memory",
+            lambda: lambda: front.batch(settings),
+        ),
+        Bench(
+            "agent",
+            "tokens/s of a load through the agent against its own calls sent straight to vLLM",
+            lambda: lambda: agent.agent(settings, engine.live_engine),
+        ),
+        Bench(
+            "retrieval",
+            "recall@1, @5 and MRR of every embedder, BM25 and both together, on labelled questions",
+            lambda: lambda: memory.retrieval(settings),
+        ),
+        Bench(
+            "recall",
+            "latency, writes/s and size of memory at 1k, 10k and 100k items, beside mem0 and LangMem",
+            lambda: lambda: memory.recall(settings),
+        ),
+        Bench(
+            "usefulness",
+            "held-out success of the base model without memory, with all of it, and with ours",
+            lambda: lambda: memory.usefulness(settings, engine.live_engine),
+        ),
+        Bench("swap", "seconds to load, prove, switch and unload an adapter", lambda: lambda: engine.swap(settings)),
+    )

@@ -1,0 +1,91 @@
+"""The dataset stage: recipes, uploads, replay and rehearsal, laid out as they would be served."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from agent.llm import ChatRequest
+from agent.prompts import compose
+from distill.dataset import Dataset, DatasetConfig, build, build_uploaded, read_manifest, write
+from distill.rehearsal import RECIPE, Answer, rehearse
+from distill.replay import replay
+from distill.snapshot import Snapshot
+from distill.uploads import read_upload
+from memory import files
+from memory.errors import LedgerError, boundary
+from memory.night_records import NightStatus
+from memory.records import Example, Message, Task
+from serve.stages.material import load_snapshot
+from serve.stages.night_run import NightRun, Output, starts_from
+from serve.wiring import Services, keep_task
+
+
+def make_dataset(run: NightRun) -> Output:
+    """Recipes over the snapshot, every example laid out as it would be served, replay beside the new ones."""
+    services, settings, snap = run.services, run.services.settings, load_snapshot(run)
+    folder = run.folder / "dataset"
+    if (manifest := read_manifest(folder)) is None:
+        config = settings.dataset.model_copy(update={"min_examples": settings.night.min_examples})
+        if "training_file" in run.night.options:
+            dataset = _uploaded(run, snap.held_out_tasks, config)
+        else:
+            recipes = run.night.options.get("recipes") or settings.night.recipes
+            dataset = build(snap, recipes, services.memory, compose, config)
+        again = replayed(run, snap, len(dataset.examples))
+        general = run.wait(rehearse(_base_answer(services), settings.night.rehearsal))
+        dataset = replace(
+            dataset,
+            examples=[*dataset.examples, *again, *general],
+            counts={**dataset.counts, "replay": len(again), RECIPE: len(general)},
+        )
+        services.ledger.add_examples(run.night.id, dataset.examples)
+        manifest = write(dataset, folder)
+    run.emit("dataset", f"{sum(f.rows for f in manifest.files.values())} rows", counts=manifest.counts)
+    return {"folder": str(folder), **manifest.model_dump(mode="json", include={"counts", "dropped", "files"})}
+
+
+def _uploaded(run: NightRun, held_out: list[Task], config: DatasetConfig) -> Dataset:
+    """The uploaded file's examples; its lines are in the ledger as tasks, as everything is that was learned."""
+    pairs = list(uploaded_examples(run.services, run.night.options))
+    for task, _ in pairs:
+        keep_task(run.services.ledger, task)
+    material = Snapshot([], [], {task.id: task for task, _ in pairs}, seed=config.seed, held_out_tasks=held_out)
+    # Whoever uploads a file wants all of it: the caps are against one voice drowning the others of a day.
+    roomy = config.model_copy(update={"max_per_workload": max(len(pairs), config.max_per_workload)})
+    return build_uploaded(material, (example for _, example in pairs), run.services.memory, compose, roomy)
+
+
+def uploaded_examples(services: Services, options: dict[str, Any]) -> Iterator[tuple[Task, Example]]:
+    """What a job over an uploaded file trains on. ConfigError for a bad line, NotFoundError for a deleted file."""
+    tenant, file_id = options["tenant"], options["training_file"]
+    files.get(services.ledger.database, file_id, tenant=tenant)
+    tools = services.settings.agent.tools
+    with boundary(LedgerError, f"cannot read file {file_id}"):
+        lines = (services.settings.files_dir / file_id).open(encoding="utf-8", errors="replace")
+    with lines:
+        yield from read_upload(lines, options["method"], file_id=file_id, tenant=tenant, tools=tools)
+
+
+def _base_answer(services: Services) -> Answer:
+    """Generation 0 in plain chat, greedily; an answer cut by its budget would teach to stop in mid-sentence."""
+
+    async def answer(messages: list[Message]) -> str | None:
+        base = services.ledger.generation(0).served_name
+        reply = await services.llm.complete(ChatRequest(base, messages, {"temperature": 0.0, "max_tokens": 96}))
+        return reply.text if reply.finish_reason == "stop" else None
+
+    return answer
+
+
+def replayed(run: NightRun, snap: Snapshot, new: int) -> list[Example]:
+    """Earlier nights' examples to train on beside `new` ones; none when the night starts from the base model."""
+    ledger, settings = run.services.ledger, run.services.settings
+    if starts_from(run) == "base":
+        return []
+    past = [n for n in ledger.nights() if n.status is NightStatus.PROMOTED and n.id != run.night.id]
+    earlier = [example for night in past for example in ledger.examples(night.id) if example.recipe != RECIPE]
+    tasks = ledger.tasks({example.task_id for example in earlier})
+    allowed = [e for e in earlier if snap.held_out_reason(tasks[e.task_id]) is None]
+    return replay(allowed, new=new, share=settings.night.replay_share, seed=settings.dataset.seed)

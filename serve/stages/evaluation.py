@@ -1,0 +1,72 @@
+"""Champion and candidate on the same suites, and the gate's word on them."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+from evals.gate import GateDecision, decide
+from evals.runner import evaluate
+from evals.suites import Suite
+from memory.night_records import Evaluation
+from memory.records import Trajectory
+from serve import promotion
+from serve.stages.material import suites_of
+from serve.stages.night_run import NightRun, Output
+from serve.wiring import Services, keep_task
+
+
+def measure(run: NightRun) -> Output:
+    """Champion and candidate on the same frozen suites, with the same memory, by the agent that serves."""
+    numbers = (run.done("snapshot")["champion"], run.done("train")["generation"])
+    for number in numbers:
+        for suite in suites_of(run):
+            if not _evaluations(run, number, suite):
+                run.wait(_measure(run, number, suite))
+    return {"generations": list(numbers), "suites": {s.name: s.hash for s in suites_of(run)}}
+
+
+def _evaluations(run: NightRun, number: int, suite: Suite) -> list[Evaluation]:
+    return run.services.ledger.evaluations(night_id=run.night.id, generation=number, suite_hash=suite.hash)
+
+
+async def _measure(run: NightRun, number: int, suite: Suite) -> None:
+    services, generation = run.services, run.services.ledger.generation(number)
+
+    def progress(done: int, total: int) -> None:
+        run.emit("evaluate", f"generation {number} on {suite.name}", done=done, total=total)
+
+    async with services.residency.using(generation):
+        evaluation, trajectories = await evaluate(
+            suite,
+            promotion.model_ref(generation),
+            replace(services.deps, checkpointer=None),
+            memory=True,
+            memory_watermark=services.ledger.memory_watermark(),
+            concurrency=services.settings.night.concurrency,
+            on_progress=progress,
+            night_id=run.night.id,
+        )
+    await asyncio.to_thread(store_evaluation, services, suite, evaluation, trajectories)
+
+
+def store_evaluation(services: Services, suite: Suite, evaluation: Evaluation, trajectories: list[Trajectory]) -> None:
+    """Tasks, runs and, last, the evaluation that refers to them."""
+    for item in suite.tasks:
+        keep_task(services.ledger, item.task)
+    for trajectory in trajectories:
+        services.ledger.add_trajectory(trajectory)
+    services.ledger.add_evaluation(evaluation)
+
+
+def judge(run: NightRun) -> Output:
+    """The gate: a pure function of the evaluations."""
+    champion, candidate = run.done("evaluate")["generations"]
+    pairs = [(_evaluations(run, champion, s)[0], _evaluations(run, candidate, s)[0]) for s in suites_of(run)]
+    decision: GateDecision = decide(
+        [pair for pair in pairs if pair[0].role == "held_out"],
+        [pair for pair in pairs if pair[0].role == "control"],
+        run.services.settings.gate,
+    )
+    run.emit("decide", decision.verdict, reasons=decision.reasons)
+    return decision.model_dump(mode="json")

@@ -1,0 +1,116 @@
+"""The night's first stages: what it learns from, which feedback may teach, what is remembered."""
+
+from __future__ import annotations
+
+from agent.llm import ChatRequest
+from agent.verify import verify
+from distill.credit import credit
+from distill.equivalence import MAX_TOKENS
+from distill.principles import Ask, DistilReport, distill_principles, past_runs
+from distill.snapshot import Snapshot
+from evals.suites import Suite
+from memory.forget import must_start_from_base
+from memory.night_records import NightStatus
+from memory.records import Purpose
+from serve import lessons, promotion
+from serve.stages.night_run import NightRun, Output
+from serve.suites import night_suites
+
+
+def snapshot(run: NightRun) -> Output:
+    """Draw the line: what happened up to here teaches tonight, what comes later waits."""
+    settings, ledger = run.services.settings, run.services.ledger
+    since = {"trajectory": 0, "feedback": 0}
+    # Weights cannot unlearn: a champion that knows what was forgotten is no start for the next one.
+    tainted = must_start_from_base(ledger.database, ledger.champion())
+    start = "base" if tainted else settings.night.train_from
+    if start == "champion":
+        for night in ledger.nights():
+            stage = ledger.stage(night.id, "snapshot")
+            if night.status is NightStatus.PROMOTED and stage is not None:
+                since = stage.output["upto"]
+    champion = ledger.champion().number
+    upto = ledger.watermark()
+    new = len(ledger.trajectories(after_seq=since["trajectory"], upto_seq=upto["trajectory"], purpose=Purpose.SERVE))
+    told = f"{new} runs since the last promoted night"
+    told += "; starting from the base model, since the champion learned from what was forgotten" if tainted else ""
+    run.emit("snapshot", told, runs=new)
+    return {"since": since, "upto": upto, "champion": champion, "runs": new, "train_from": start}
+
+
+def load_snapshot(run: NightRun) -> Snapshot:
+    """The records behind the watermark, always the same for the same night."""
+    drawn, ledger = run.done("snapshot"), run.services.ledger
+    runs = {t.id: t for t in ledger.trajectories(upto_seq=drawn["upto"]["trajectory"], purpose=Purpose.SERVE)}
+    new = ledger.trajectories(
+        after_seq=drawn["since"]["trajectory"], upto_seq=drawn["upto"]["trajectory"], purpose=Purpose.SERVE
+    )
+    # A run that was corrected later than it was made is new experience as well.
+    said = ledger.feedback(after_seq=drawn["since"]["feedback"], upto_seq=drawn["upto"]["feedback"])
+    wanted = {t.id for t in new} | {f.trajectory_id for f in said if f.trajectory_id in runs}
+    trajectories = [runs[id] for id in sorted(wanted)]
+    feedback = [f for f in ledger.feedback(upto_seq=drawn["upto"]["feedback"]) if f.trajectory_id in wanted]
+    held_out = [item.task for suite in suites_of(run) for item in suite.tasks]
+    return Snapshot(
+        trajectories=trajectories,
+        feedback=feedback,
+        tasks=ledger.tasks(t.task_id for t in trajectories),
+        held_out_tasks=held_out,
+        seed=run.services.settings.dataset.seed,
+    )
+
+
+def suites_of(run: NightRun) -> list[Suite]:
+    """The night's suites, frozen in its folder at first use."""
+    return night_suites(run.services.settings, run.services.ledger, run.folder)
+
+
+def judge_feedback(run: NightRun) -> Output:
+    """Decide which feedback may teach, and credit what was recalled with how the runs ended."""
+    if "training_file" in run.night.options:
+        return {"trust": {}}
+    ledger, drawn = run.services.ledger, run.done("snapshot")
+    trajectories = ledger.trajectories(upto_seq=drawn["upto"]["trajectory"], purpose=Purpose.SERVE)
+    feedback = ledger.feedback(upto_seq=drawn["upto"]["feedback"])
+    tasks = ledger.tasks(t.task_id for t in trajectories)
+    counts: dict[str, int] = {}
+    for judgement in credit(feedback, trajectories, tasks, verify):
+        ledger.set_trust(judgement.feedback_id, judgement.trust, judgement.reason)
+        counts[judgement.trust.value] = counts.get(judgement.trust.value, 0) + 1
+    credited = lessons.credit_runs(run.services, trajectories, ledger.feedback(upto_seq=drawn["upto"]["feedback"]))
+    told = ", ".join(f"{count} {trust}" for trust, count in counts.items())
+    run.emit("credit", f"feedback judged: {told or 'none new'}", **counts)
+    return {"trust": counts, "credited": credited}
+
+
+def remember(run: NightRun) -> Output:
+    """Distil principles and keep successful and corrected runs, in the ledger first, then in the index."""
+    if "training_file" in run.night.options:
+        return {"principles": 0, "merged": 0, "dropped": {}, "runs": 0, "moved": {}}
+    services, snap = run.services, load_snapshot(run)
+    champion = services.ledger.generation(run.done("snapshot")["champion"])
+
+    def ask(max_tokens: int) -> Ask:
+        async def reply(prompt: str, regex: str | None) -> str:
+            sampling = {"temperature": 0.0, "max_tokens": max_tokens}
+            messages = [{"role": "user", "content": prompt}]
+            name = promotion.model_ref(champion).name
+            return (await services.llm.complete(ChatRequest(name, messages, sampling, regex))).text
+
+        return reply
+
+    async def distil() -> tuple[DistilReport, dict[str, int]]:
+        known, limit = services.ledger.principles(), services.settings.night.principles
+        async with services.residency.using(champion):
+            found = await distill_principles(snap, ask(120), known, limit=limit, concurrency=8)
+            return found, await lessons.keep_principles(services, found.principles, ask(MAX_TOKENS))
+
+    report, kept = run.wait(distil())
+    runs = past_runs(snap, services.ledger.past_runs())
+    for past_run in runs:
+        services.ledger.add_past_run(past_run)
+    moved = lessons.review_items(services, champion.number)
+    told = f"{kept['added']} principles ({kept['merged']} merged), {len(runs)} runs remembered"
+    run.emit("principles", told, dropped=report.dropped, moved=moved)
+    counts = {"principles": kept["added"], "merged": kept["merged"], "runs": len(runs)}
+    return {**counts, "dropped": report.dropped, "moved": moved}

@@ -1,0 +1,58 @@
+"""What every stage of a night is handed, and how one is cancelled."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from memory.errors import NightschoolError
+from memory.night_records import Night
+from serve.events import Emit
+from serve.wiring import Services
+
+T = TypeVar("T")
+Output = dict[str, Any]
+
+
+class CancelledNightError(NightschoolError):
+    """Somebody asked for the night to stop."""
+
+
+@dataclass(frozen=True)
+class NightRun:
+    """What every stage is handed: the services, the night, and the outputs of the stages before."""
+
+    services: Services
+    night: Night
+    emit: Emit
+    done: Callable[[str], Output]
+    """Output of an earlier stage by name."""
+
+    @property
+    def folder(self) -> Path:
+        return self.services.settings.night_dir(self.night.id)
+
+    def cancelled(self) -> bool:
+        """Asked for by a file, so that the wish survives a crash."""
+        return (self.folder / "cancel").exists()
+
+    def wait(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run async work on the service's loop from the night's thread; stops it when the night is cancelled."""
+        future = asyncio.run_coroutine_threadsafe(work, self.services.loop)
+        while True:
+            try:
+                return future.result(timeout=0.5)
+            except TimeoutError:
+                if future.done():
+                    raise
+                if self.cancelled():
+                    future.cancel()
+                    raise CancelledNightError("the night was cancelled") from None
+
+
+def starts_from(run: NightRun) -> str:
+    # A night that was begun by an older version has not said.
+    return run.done("snapshot").get("train_from", run.services.settings.night.train_from)
