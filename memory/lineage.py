@@ -14,6 +14,7 @@ from memory.database import Database
 from memory.records import Example, Feedback
 from memory.schema import examples as examples_table
 from memory.schema import feedback as feedback_table
+from memory.schema import trajectories
 
 
 def get_feedback(database: Database, feedback_id: str, *, tenant: str) -> Feedback:
@@ -30,6 +31,17 @@ def feedback_by_id(database: Database, ids: Iterable[str], *, tenant: str) -> di
         for part in rows.chunks(ids):
             query = select(table.c.body).where(table.c.id.in_(part), table.c.tenant == tenant)
             found.update((said.id, said) for said in rows.read(connection, Feedback, query))
+    return found
+
+
+def runs_of_tenant(database: Database, ids: Iterable[str], *, tenant: str) -> set[str]:
+    """Those of the ids that are this tenant's runs."""
+    found: set[str] = set()
+    table = trajectories
+    with database.reading() as connection:
+        for part in rows.chunks(ids):
+            query = select(table.c.id).where(table.c.id.in_(part), table.c.tenant == tenant)
+            found.update(connection.execute(query).scalars())
     return found
 
 

@@ -11,9 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from evals.runner import evaluate
 from memory.errors import ConfigError
-from memory.night_records import Generation
+from memory.lineage import runs_of_tenant
+from memory.night_records import Evaluation, Generation
 from serve import diff, lineage, promotion
-from serve.api.auth import Scope, caller_of, requires
+from serve.api.auth import Caller, Scope, caller_of, requires
 from serve.stages.evaluation import store_evaluation
 from serve.suites import configured_suites
 from serve.wiring import Services
@@ -49,6 +50,26 @@ def _services(request: Request) -> Services:
 def generation_object(generation: Generation) -> dict[str, Any]:
     """A generation with the name the engine serves it by."""
     return {"object": "generation", **generation.model_dump(mode="json"), "served_by": generation.served_name}
+
+
+def evaluation_object(services: Services, evaluation: Evaluation, caller: Caller) -> dict[str, Any]:
+    """An evaluation as its caller may see it: outcomes of its own tenant's tasks, and a `summary` of all.
+
+    Whoever works on the service's own machine sees the record as it is.
+    """
+    record = evaluation.model_dump(mode="json")
+    if caller.operator:
+        return record
+    names = {o.trajectory_id for o in evaluation.outcomes if o.trajectory_id is not None}
+    mine = runs_of_tenant(services.ledger.database, names, tenant=caller.tenant)
+    tasks = len(evaluation.outcomes)
+    summary = {
+        "tasks": tasks,
+        "successes": sum(o.success for o in evaluation.outcomes),
+        "prompt_tokens": sum(o.prompt_tokens for o in evaluation.outcomes) / tasks if tasks else None,
+    }
+    outcomes = [outcome for outcome in record["outcomes"] if outcome["trajectory_id"] in mine]
+    return record | {"outcomes": outcomes, "summary": summary}
 
 
 @router.get("/v1/generations")
@@ -89,11 +110,12 @@ def trace(record_id: str, request: Request, limit: int = Query(default=20, ge=1,
 
 
 @router.get("/v1/evaluations")
-async def list_evaluations(request: Request, night: str | None = None, generation: int | None = None) -> dict[str, Any]:
-    """Stored evaluations, oldest first."""
-    services = _services(request)
+def list_evaluations(request: Request, night: str | None = None, generation: int | None = None) -> dict[str, Any]:
+    """Stored evaluations, oldest first; outcomes of the caller's tenant only."""
+    services, caller = _services(request), caller_of(request)
     found = services.ledger.evaluations(night_id=night, generation=generation)
-    return {"object": "list", "data": [e.model_dump(mode="json") for e in found], "has_more": False}
+    shown = [evaluation_object(services, evaluation, caller) for evaluation in found]
+    return {"object": "list", "data": shown, "has_more": False}
 
 
 @router.post("/v1/evaluations")
@@ -119,5 +141,5 @@ async def create_evaluation(body: EvaluationRequest, request: Request) -> dict[s
                 on_progress=lambda _done, _total: None,
             )
         await asyncio.to_thread(store_evaluation, services, suite, evaluation, trajectories)
-        done.append(evaluation.model_dump(mode="json"))
+        done.append(await asyncio.to_thread(evaluation_object, services, evaluation, caller_of(request)))
     return {"object": "list", "data": done}
