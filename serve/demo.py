@@ -7,21 +7,18 @@ idempotent, so the same command goes on after any interruption.
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from agent.calculator import calculate
 from evals.chat import chat_suite
 from evals.gate import GateDecision
-from evals.oracle import oracle
 from evals.page import render_page, write_page
 from evals.plot import learning_curve
 from evals.report import Measured, Report, build_report, write_report
@@ -35,16 +32,14 @@ from evals.suites import (
     tool_validity_suite,
     untrained_suite,
 )
-from memory.errors import ToolError
 from memory.night_records import Evaluation, TaskOutcome
-from memory.records import Message, Task
-from serve.batch import line_of, run_lines
+from memory.records import Task
 from serve.client import Client
-from serve.commands import follow_night, print_night, print_outcomes, progress_bar, share
+from serve.commands import share
+from serve.days import Course, Timings, ask_all, correct, correct_value, live_day, live_night, nights_so_far
 from serve.reports import row_name
 from serve.settings import Settings
 
-ORACLE = "demo-oracle"
 DAY_SEEDS = (101, 202, 303)
 
 
@@ -61,23 +56,6 @@ QUICK = Plan(days=(7, 7, 4), held_out=16, full=False)
 FULL = Plan(days=(7, 7, 10), held_out=60, full=True)
 
 
-class Timings:
-    """Seconds per stage, kept in the demo's folder so that a resumed demo adds up."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self.seconds: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
-
-    @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        started = time.monotonic()
-        try:
-            yield
-        finally:
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - started
-            self._path.write_text(json.dumps(self.seconds))
-
-
 def run_demo(
     settings: Settings, connect: Callable[[], AbstractContextManager[Client]], console: Console, *, full: bool
 ) -> None:
@@ -87,6 +65,7 @@ def run_demo(
     timings = Timings(folder / "seconds.json")
     suites = prepare_suites(settings.suites_dir, plan)
     held_out = next(s for s in suites if s.role == "held_out")
+    course = Course("demo", partial(day_tasks, plan=plan), correct_value)
     console.rule("[bold]The model and the engine")
     with timings.timed("engine"):
         service = connect()
@@ -96,11 +75,11 @@ def run_demo(
         corrections = 0
         base: Measured | None = None
         for day in (1, 2, 3):
-            replies = live_day(client, day, plan, console, timings)
+            replies = live_day(client, course, day, console, timings)
             if day == 1:
                 base = first_exam(client, held_out, settings, console, timings)
             if day < 3:
-                corrections += correct(client, day, plan, replies, console, timings)
+                corrections += correct(client, course, day, replies, console, timings)
                 live_night(client, day, console, timings)
         assert base is not None
         rows = [base, *measured_nights(client, suites), *(full_rows(client, suites, timings) if full else [])]
@@ -128,32 +107,6 @@ def prepare_suites(folder: Path, plan: Plan) -> list[Suite]:
 def day_tasks(day: int, plan: Plan) -> list[Task]:
     """A day's new tasks."""
     return reasoning_gym_tasks(TRAINED_FAMILIES, plan.days[day - 1], DAY_SEEDS[day - 1], source=f"demo-day-{day}")
-
-
-def ask_all(
-    client: Client, tasks: Sequence[Task], run_id: str, title: str, console: Console
-) -> dict[int, dict[str, Any]]:
-    """Run tasks through the public endpoint under the one model name, with a progress bar."""
-    with progress_bar(console) as bar:
-        job = bar.add_task(title, total=len(tasks), note="")
-        return run_lines(
-            client,
-            [(i, line_of(task)) for i, task in enumerate(tasks)],
-            run_id=run_id,
-            on_reply=lambda _n, _r: bar.advance(job),
-        )
-
-
-def live_day(client: Client, day: int, plan: Plan, console: Console, timings: Timings) -> dict[int, dict[str, Any]]:
-    """New tasks through the endpoint; prints the outcomes."""
-    console.rule(f"[bold]Day {day}")
-    tasks = day_tasks(day, plan)
-    with timings.timed(f"day {day}"):
-        replies = ask_all(client, tasks, f"demo-day-{day}", f"{len(tasks)} new tasks", console)
-    print_outcomes({i: task.workload for i, task in enumerate(tasks)}, replies, console)
-    served = {reply["nightschool"]["served_by"] for reply in replies.values() if "nightschool" in reply}
-    console.print(f"model name: nightschool; answered by: {', '.join(sorted(served))}", highlight=False)
-    return replies
 
 
 def first_exam(client: Client, suite: Suite, settings: Settings, console: Console, timings: Timings) -> Measured:
@@ -185,57 +138,11 @@ def first_exam(client: Client, suite: Suite, settings: Settings, console: Consol
     return Measured(name="base", held_out=[evaluation])
 
 
-def correct(
-    client: Client, day: int, plan: Plan, replies: dict[int, dict[str, Any]], console: Console, timings: Timings
-) -> int:
-    """Where the agent failed, the oracle plays the user through the feedback API; returns how often."""
-    failed = [
-        (better, replies[i]["id"])
-        for i, task in enumerate(day_tasks(day, plan))
-        if "nightschool" in replies[i] and replies[i]["nightschool"]["outcome"]["score"] < 0.99
-        if (better := correct_value(task)) is not None
-    ]
-    with timings.timed(f"corrections {day}"):
-        for better, response in failed:
-            said = {"response_id": response, "kind": "correction", "value": better, "author": ORACLE}
-            client.post("/v1/feedback", said)
-    console.print(
-        f"[yellow]simulated user:[/yellow] {len(failed)} corrections from an oracle over the tasks' references, "
-        "sent to /v1/feedback (everything else here is real)",
-        highlight=False,
-    )
-    return len(failed)
-
-
-def correct_value(task: Task) -> list[Message] | None:
-    """The oracle's better run, as OpenAI messages; None for a task that has none (reasoning-gym makes `0 = 0`)."""
-    try:
-        return oracle(task, calculate)
-    except ToolError:
-        return None
-
-
-def live_night(client: Client, number: int, console: Console, timings: Timings) -> None:
-    """The demo's night `number`: started once, followed to its end, however often the demo is started."""
-    console.rule(f"[bold]Night {number}")
-    nights = demo_nights(client)
-    job = nights[number - 1] if len(nights) >= number else client.post("/v1/fine_tuning/jobs", {})
-    ended = follow_night(client, job["id"], console)
-    print_night(ended, console)
-    for stage, seconds in ended["nightschool"]["stages"].items():
-        timings.seconds[f"night {number} {stage}"] = seconds
-
-
-def demo_nights(client: Client) -> list[dict[str, Any]]:
-    """All nights so far, oldest first."""
-    return list(reversed(client.get("/v1/fine_tuning/jobs")["data"]))
-
-
 def measured_nights(client: Client, suites: Sequence[Suite]) -> list[Measured]:
     """What the gates measured, with memory, as served: one row per generation, the latest measurement of each."""
     hashes = {suite.hash for suite in suites}
     latest: dict[tuple[int, str], Evaluation] = {}
-    for job in demo_nights(client):
+    for job in nights_so_far(client):
         for data in client.get("/v1/evaluations", night=job["id"])["data"]:
             evaluation = Evaluation.model_validate(data)
             if evaluation.suite_hash in hashes:
@@ -285,7 +192,7 @@ def finish(
     timings: Timings,
 ) -> None:
     """The table, the curve and the report."""
-    nights = demo_nights(client)
+    nights = nights_so_far(client)
     generations = client.get("/v1/generations")["data"]
     champion = next(g for g in generations if g["status"] == "champion")
     rejected = {row_name(g["number"], memory=True) for g in generations if g["status"] == "rejected"}

@@ -115,7 +115,7 @@ async def _bench_engine(settings: Settings, folder: Path) -> BenchResult:
 def _bench_examples(n: int) -> list[Example]:
     from agent.prompts import compose
     from evals.suites import TRAINED_FAMILIES, reasoning_gym_tasks
-    from serve.demo import correct_value
+    from serve.days import correct_value
 
     tasks = reasoning_gym_tasks(TRAINED_FAMILIES, n // len(TRAINED_FAMILIES), 11, source="bench")
     return [

@@ -366,7 +366,7 @@ async def compare_memories(
 
 def fill_memory(ledger: Ledger, taught: Sequence[Task]) -> None:
     """What a day of corrections leaves behind: a past run for each task that the oracle solves, and the principles."""
-    from serve.demo import correct_value
+    from serve.days import correct_value
 
     for task in taught:
         if (better := correct_value(task)) is not None:

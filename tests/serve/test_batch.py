@@ -80,7 +80,7 @@ def test_results_of_another_file_are_not_overwritten(tmp_path: Path) -> None:
 
 def test_a_task_without_an_oracle_is_not_corrected() -> None:
     from evals.suites import reasoning_gym_tasks
-    from serve.demo import correct_value
+    from serve.days import correct_value
 
     tasks = reasoning_gym_tasks({"simple_equations": {}}, 300, 5, source="test")
     assert [task.question for task in tasks if correct_value(task) is None] == [

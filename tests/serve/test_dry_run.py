@@ -12,7 +12,7 @@ from memory.errors import ConfigError
 from memory.records import Trust
 from memory.schema import metadata
 from serve.client import Client
-from serve.demo import correct_value
+from serve.days import correct_value
 from serve.dry_run import Cost, Estimate, print_estimate
 from serve.settings import Settings
 from serve.wiring import Services

@@ -20,7 +20,7 @@ from memory.night_records import Generation, GenerationStatus, NightStatus
 from serve.adapters import adapter_sha256
 from serve.batch import line_of, run_lines
 from serve.client import Client, stop
-from serve.demo import correct_value
+from serve.days import correct_value
 from tests.serve.conftest import needs_engine
 from tests.serve.whole_service import Service, until
 

@@ -16,7 +16,7 @@ from memory.night_records import GenerationStatus, NightStatus
 from memory.records import MemoryStatus, Task
 from serve.batch import line_of, run_lines
 from serve.client import Client
-from serve.demo import correct_value
+from serve.days import correct_value
 from serve.settings import Settings
 from tests.serve.fakes import fake_training, running, settings_in
 
