@@ -13,14 +13,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from distill.runs import answer_of, callable_tools, corrected_run
-from distill.snapshot import judged_blindly, score_of
+from distill.snapshot import ANONYMOUS, OPERATOR, judged_blindly, score_of
 from memory.errors import VerifierError
 from memory.records import Feedback, FeedbackKind, Outcome, OutcomeSource, Purpose, Task, Trajectory, Trust
 
 Verify = Callable[[Task, str], Outcome | None]
 """`agent.verify.verify`: (task, answer) -> how good it is, None when the task has no verifier."""
-
-ANONYMOUS = "anonymous"
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,8 @@ def credit(
     A correction: the task's verifier decides with full marks (trusted) or zero (rejected); otherwise
     it is trusted from an operator (author starting with "operator", or in `operators`) or when a
     second named voice gives the same answer to the same question, and else stays quarantined.
-    A score: trusted, unless it contradicts the task's verifier. A hint or a preference: an operator's
+    A score: trusted as a verdict, unless it contradicts the task's verifier; what it praises is taught only once
+    somebody else does too (`Snapshot.own_successes`). A hint or a preference: an operator's
     only. A comment is kept and never teaches.
     """
     everything = sorted({f.id: f for f in feedback}.values(), key=lambda f: f.id)
@@ -63,7 +62,7 @@ def credit(
         elif trajectory.purpose is not Purpose.SERVE:
             judgement = (Trust.REJECTED, "its run is an evaluation, which never teaches")
         else:
-            operator = said.author.startswith("operator") or said.author in operators
+            operator = said.author.startswith(OPERATOR) or said.author in operators
             judgement = _judge(said, trajectory, task, verify, operator, voices)
         judgements.append(Judgement(said.id, *judgement))
     return judgements

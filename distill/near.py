@@ -1,4 +1,4 @@
-"""Nearly the same question: the search that keeps copies of held-out tasks out of what is learned.
+"""Nearly the same question: what keeps copies of held-out tasks out of what is learned, and copies of one few.
 
 Owns how two questions are compared. Owns no tasks (`distill.snapshot`).
 """
@@ -51,21 +51,46 @@ class Questions:
     known questions with such a token are compared.
     """
 
-    def __init__(self, texts: Iterable[str]) -> None:
-        known = [words_of(text) for text in dict.fromkeys(texts)]
-        self._frequency = Counter(token for words in known for token in words.tokens)
-        self._by_token: defaultdict[str, list[Words]] = defaultdict(list)
-        for words in known:
-            for token in self._rarest(words):
-                self._by_token[token].append(words)
+    def __init__(self, texts: Iterable[str], expected: Iterable[str] = ()) -> None:
+        """`expected`: texts that may be added or asked for; what is rare among them is looked at first."""
+        known = list(dict.fromkeys(texts))
+        self._frequency = Counter(token for text in [*known, *expected] for token in words_of(text).tokens)
+        self._by_token: defaultdict[str, list[tuple[str, Words]]] = defaultdict(list)
+        for text in known:
+            self.add(text)
+
+    def add(self, text: str) -> None:
+        """Let `text` be known from now on."""
+        words = words_of(text)
+        for token in self._rarest(words):
+            self._by_token[token].append((text, words))
 
     def has(self, text: str) -> bool:
         """Whether `text` asks nearly what one of the known questions asks."""
+        return self.like(text) is not None
+
+    def like(self, text: str) -> str | None:
+        """A known question that asks nearly what `text` asks; None when there is none."""
         words = words_of(text)
-        return any(
-            same_question(words, known) for token in self._rarest(words) for known in self._by_token.get(token, ())
-        )
+        for token in self._rarest(words):
+            for known, of_known in self._by_token.get(token, ()):
+                if same_question(words, of_known):
+                    return known
+        return None
 
     def _rarest(self, words: Words) -> list[str]:
         ordered = sorted(words.tokens, key=lambda token: (self._frequency[token], token))
         return ordered[: len(ordered) - math.ceil(NEAR_DUPLICATE * len(ordered)) + 1]
+
+
+def clusters(texts: Iterable[str]) -> dict[str, str]:
+    """Each text -> the text that stands for all that ask nearly the same; the order of `texts` does not matter."""
+    ordered = sorted(set(texts))
+    first = Questions((), expected=ordered)
+    found: dict[str, str] = {}
+    for text in ordered:
+        leader = first.like(text)
+        if leader is None:
+            first.add(text)
+        found[text] = leader or text
+    return found

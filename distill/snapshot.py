@@ -31,6 +31,12 @@ from memory.records import (
 ANSWER_BLIND = frozenset({"action"})
 """Verifiers that judge how a run acted and not its answer: they make no success and support no correction."""
 
+ANONYMOUS = "anonymous"
+"""The author of a word that nobody signed."""
+
+OPERATOR = "operator"
+"""What the names of operators begin with; the service gives such names to nobody else."""
+
 
 @dataclass(frozen=True)
 class Snapshot:
@@ -99,7 +105,9 @@ class Snapshot:
                     continue
 
     def own_successes(self) -> Iterator[tuple[Trajectory, Task, Outcome]]:
-        """The runs that ended in an answer with full marks, by a verifier of answers or by users.
+        """The runs that ended in an answer with full marks, by a verifier of answers or by users: an operator, or
+        two named voices for the same answer to the same question. One user's praise is an outcome and no lesson:
+        whoever can make the model say something could otherwise teach it by praising it.
 
         A run that goes on after a client's tool calls comes with the task that its conversation began with.
         """
@@ -109,7 +117,8 @@ class Snapshot:
                 continue
             if outcome.by is OutcomeSource.VERIFIER and judged_blindly(task):
                 continue
-            if outcome.success and outcome.by in (OutcomeSource.VERIFIER, OutcomeSource.USER):
+            by_user = outcome.by is OutcomeSource.USER and self._corroborated(trajectory, task)
+            if outcome.success and (outcome.by is OutcomeSource.VERIFIER or by_user):
                 yield trajectory, self._first_task(trajectory, task), outcome
 
     def _first_task(self, trajectory: Trajectory, task: Task) -> Task:
@@ -128,6 +137,21 @@ class Snapshot:
         if any(self._held_out_questions.has(text_of(m)) for m in task.messages if m.get("role") == "user"):
             return "held out: nearly the same question"
         return None
+
+    def _corroborated(self, trajectory: Trajectory, task: Task) -> bool:
+        voices = self._praise.get(_answer_key(trajectory, task), set())
+        return len(voices - {ANONYMOUS}) > 1 or any(voice.startswith(OPERATOR) for voice in voices)
+
+    @cached_property
+    def _praise(self) -> dict[tuple[str, str, str], set[str]]:
+        """(tenant, task fingerprint, answer) -> the voices whose last trusted score of it is praise."""
+        found: defaultdict[tuple[str, str, str], set[str]] = defaultdict(set)
+        for trajectory in self.trajectories:
+            task = self.tasks.get(trajectory.task_id)
+            for voice, score in scores_of(trajectory, self.said_of(trajectory)).items():
+                if task is not None and score >= 0.5:
+                    found[_answer_key(trajectory, task)].add(voice)
+        return dict(found)
 
     @cached_property
     def _feedback_by_run(self) -> dict[str, list[Feedback]]:
@@ -164,6 +188,17 @@ def outcome_of(trajectory: Trajectory, feedback: Iterable[Feedback]) -> Outcome 
     own = trajectory.outcome
     if own is not None and own.by is OutcomeSource.VERIFIER:
         return own
+    scores = scores_of(trajectory, feedback)
+    if not scores:
+        return own
+    mean = sum(scores.values()) / len(scores)
+    agreeing = sum((score >= 0.5) == (mean >= 0.5) for score in scores.values())
+    # Laplace-smoothed share of authors that agree: one voice alone is two thirds sure.
+    return Outcome(score=mean, by=OutcomeSource.USER, confidence=(agreeing + 1) / (len(scores) + 2))
+
+
+def scores_of(trajectory: Trajectory, feedback: Iterable[Feedback]) -> dict[str, float]:
+    """Voice -> its last trusted score of the run; a correction with another answer is a score of 0."""
     scores: dict[str, float] = {}
     for said in sorted(feedback, key=_by_time):
         if said.trajectory_id != trajectory.id or said.trust is not Trust.TRUSTED:
@@ -173,12 +208,7 @@ def outcome_of(trajectory: Trajectory, feedback: Iterable[Feedback]) -> Outcome 
             score = 0.0
         if score is not None:
             scores[said.voice] = score
-    if not scores:
-        return own
-    mean = sum(scores.values()) / len(scores)
-    agreeing = sum((score >= 0.5) == (mean >= 0.5) for score in scores.values())
-    # Laplace-smoothed share of authors that agree: one voice alone is two thirds sure.
-    return Outcome(score=mean, by=OutcomeSource.USER, confidence=(agreeing + 1) / (len(scores) + 2))
+    return scores
 
 
 def corrections_of(trajectory: Trajectory, feedback: Iterable[Feedback]) -> list[Feedback]:
@@ -202,6 +232,10 @@ def score_of(value: Any) -> float | None:
     if isinstance(value, (bool, int, float)) and 0.0 <= value <= 1.0:
         return float(value)
     return None
+
+
+def _answer_key(trajectory: Trajectory, task: Task) -> tuple[str, str, str]:
+    return task.tenant, task.fingerprint, " ".join((trajectory.answer or "").split()).casefold()
 
 
 def _by_time(feedback: Feedback) -> tuple[float, str]:

@@ -62,9 +62,30 @@ def test_successes_are_own_runs_with_full_marks():
 
 def test_a_success_by_users_names_their_feedback_as_sources():
     run = trajectory(ONE, solve(1), score=None)
-    up = feedback(run, FeedbackKind.SCORE, 1.0, trust=Trust.TRUSTED)
+    up = feedback(run, FeedbackKind.SCORE, 1.0, "operator:mia", trust=Trust.TRUSTED)
     (example,) = successes(snapshot((ONE, run), said=[up]))
     assert example.sources == [run.id, up.id]
+
+
+@pytest.mark.parametrize(
+    ("authors", "answers", "taught"),
+    [
+        (["ann"], ["2"], False),
+        (["ann", "ann"], ["2", "2"], False),
+        (["ann", "anonymous"], ["2", "2"], False),
+        (["key:shop/ann", "key:shop/bob"], ["2", "2"], False),
+        (["ann", "bob"], ["2", "3"], False),
+        (["ann", "bob"], ["2", " 2"], True),
+        (["operator"], ["2"], True),
+    ],
+)
+def test_what_one_user_praises_is_not_taught_until_somebody_else_praises_it_too(authors, answers, taught):
+    runs = [trajectory(ONE, [say(answer)], score=None, id=f"traj_{n}") for n, answer in enumerate(answers)]
+    ups = [
+        feedback(run, FeedbackKind.SCORE, 1.0, author, trust=Trust.TRUSTED)
+        for run, author in zip(runs, authors, strict=True)
+    ]
+    assert bool(list(successes(snapshot(*[(ONE, run) for run in runs], said=ups)))) == taught
 
 
 def test_equal_successes_of_a_question_count_once_and_runs_that_show_their_work_come_first():
