@@ -15,18 +15,21 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from distill.candidates import candidates_of, usable
 from distill.layout import Compose, Layout
+from distill.near import clusters
 from distill.snapshot import Snapshot
+from distill.train.served import FILE as SERVED
+from distill.train.served import Served, served_turns
 from memory.errors import ConflictError, NotEnoughExperienceError, TrainingError, boundary
 from memory.recall import Recaller
-from memory.records import Example, ExampleKind, content_hash
+from memory.records import Example, ExampleKind, Task, Trajectory, content_hash, text_of
 
 MANIFEST = "manifest.json"
 FILES = {ExampleKind.SFT: "sft.jsonl", ExampleKind.DPO: "dpo.jsonl"}
@@ -38,11 +41,15 @@ class DatasetConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    recalled: bool = True
+    """Show what memory recalls; False is there for the ablation: so trained, a model does worse with memory."""
     repeat_without: float = Field(default=1.0, ge=0.0, le=1.0)
     """Share of the tasks whose SFT examples also appear without memory: 1.0 is the spike's setting
     (half of the rows without), 0.5 leaves a third of the rows without, 0.0 none."""
     max_per_task: int = Field(default=4, ge=1)
     """Examples of one kind for one question."""
+    max_per_cluster: int = Field(default=16, ge=1)
+    """Examples of one kind for questions that are nearly the same."""
     max_per_author: int = Field(default=128, ge=1)
     """Examples resting on one author's feedback, in absolute numbers: nobody can drown the others."""
     max_per_workload: int = Field(default=2000, ge=1)
@@ -64,6 +71,8 @@ class Dataset:
     config: DatasetConfig
     seed: int
     """The snapshot's seed."""
+    served: list[Served] = field(default_factory=list)
+    """Turns as the engine saw them, by which the trainer checks its own rendering."""
 
 
 class DatasetFile(BaseModel):
@@ -82,6 +91,8 @@ class Manifest(BaseModel):
 
     schema_version: int = 1
     files: dict[str, DatasetFile]
+    served: DatasetFile | None = None
+    """Not trained on: turns as they were served. None where the engine gave no token ids."""
     counts: dict[str, int]
     dropped: dict[str, int]
     with_memory: int
@@ -143,7 +154,8 @@ def _laid_out(
     laid_out: dict[str, Example] = {}
     for example in chosen:
         task = snapshot.tasks[example.task_id]
-        served = layout.bare(example, task) if example.bare else layout.served(example, task)
+        unseen = example.bare or not config.recalled
+        served = layout.bare(example, task) if unseen else layout.served(example, task)
         laid_out.setdefault(served.id, served)
         repeated = _fraction(snapshot, config, task.fingerprint) < config.repeat_without
         if repeated and served.with_memory and served.kind is ExampleKind.SFT:
@@ -157,22 +169,22 @@ def _laid_out(
         dropped=dict(sorted(dropped.items())),
         config=config,
         seed=snapshot.seed,
+        served=served_turns(snapshot.trajectories, lambda run: _may_enter(snapshot, run)),
     )
 
 
 def write(dataset: Dataset, folder: Path) -> Manifest:
-    """Write sft.jsonl, dpo.jsonl and, last, manifest.json into a new folder, all at once by a rename.
+    """Write sft.jsonl, dpo.jsonl, served.jsonl and, last, manifest.json into a new folder, all at once by a rename.
 
     Writing the same dataset again is a no-op. Raises ConflictError when the folder holds anything else,
     TrainingError when the disk refuses.
     """
     rows = {name: [e for e in dataset.examples if e.kind is kind] for kind, name in FILES.items()}
-    contents = {name: "".join(_line(e) for e in examples).encode() for name, examples in rows.items()}
+    contents = {name: "".join(map(_line, examples)).encode() for name, examples in rows.items()}
+    served = "".join(map(_line, dataset.served)).encode()
     manifest = Manifest(
-        files={
-            name: DatasetFile(rows=len(rows[name]), sha256=hashlib.sha256(content).hexdigest())
-            for name, content in contents.items()
-        },
+        files={name: _file(rows[name], content) for name, content in contents.items()},
+        served=_file(dataset.served, served) if served else None,
         counts=dataset.counts,
         dropped=dataset.dropped,
         with_memory=sum(e.with_memory for e in dataset.examples),
@@ -185,6 +197,7 @@ def write(dataset: Dataset, folder: Path) -> Manifest:
             if read_manifest(folder) == manifest:
                 return manifest
             raise ConflictError(f"{folder} already holds something else; write the dataset to another folder")
+        contents |= {SERVED: served} if served else {}
         contents[MANIFEST] = (manifest.model_dump_json(indent=2) + "\n").encode()
         _publish(contents, folder)
     return manifest
@@ -194,7 +207,7 @@ def read_manifest(folder: Path) -> Manifest | None:
     """The manifest of a whole and undamaged dataset folder; None for anything else."""
     try:
         manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes())
-        for name, file in manifest.files.items():
+        for name, file in {**manifest.files, **({SERVED: manifest.served} if manifest.served else {})}.items():
             if hashlib.sha256((folder / name).read_bytes()).hexdigest() != file.sha256:
                 return None
     except (OSError, ValidationError):
@@ -215,14 +228,20 @@ def _capped(
         question = (example.kind.value, example.tenant, fingerprint)
         ranked.append((of_task[question], _digest(snapshot, config, *question), position, example))
         of_task[question] += 1
+    said = {id: _asked(snapshot.tasks[id]) for id in {example.task_id for example in candidates}}
+    leaders = clusters(said.values())
+    of_cluster: Counter[tuple[str, str, str]] = Counter()
     of_author: Counter[tuple[str, str]] = Counter()
     of_workload: Counter[tuple[str, str, str]] = Counter()
     chosen: list[Example] = []
     for rank, _, _, example in sorted(ranked, key=lambda entry: entry[:3]):
         workload = (example.kind.value, example.tenant, example.workload)
+        cluster = (example.kind.value, example.tenant, leaders[said[example.task_id]])
         its_authors = {authors[source] for source in example.sources if source in authors}
         if rank >= config.max_per_task:
             dropped["over max_per_task"] += 1
+        elif of_cluster[cluster] >= config.max_per_cluster:
+            dropped["over max_per_cluster"] += 1
         elif its_authors and all(of_author[author] >= config.max_per_author for author in its_authors):
             dropped["over max_per_author"] += 1
         elif of_workload[workload] >= config.max_per_workload:
@@ -230,8 +249,19 @@ def _capped(
         else:
             of_author.update(its_authors)
             of_workload[workload] += 1
+            of_cluster[cluster] += 1
             chosen.append(example)
     return chosen
+
+
+def _may_enter(snapshot: Snapshot, run: Trajectory) -> bool:
+    task = snapshot.tasks.get(run.task_id)
+    return task is not None and snapshot.held_out_reason(task) is None
+
+
+def _asked(task: Task) -> str:
+    """The user's words; what an application puts before all of them makes no two questions alike."""
+    return "\n".join(text_of(m) for m in task.messages if m.get("role") == "user")
 
 
 def _digest(snapshot: Snapshot, config: DatasetConfig, *parts: str) -> str:
@@ -243,9 +273,13 @@ def _fraction(snapshot: Snapshot, config: DatasetConfig, fingerprint: str) -> fl
     return int(_digest(snapshot, config, "repeat", fingerprint)[:8], 16) / 0x1_0000_0000
 
 
-def _line(example: Example) -> str:
+def _file(rows: Sequence[BaseModel], content: bytes) -> DatasetFile:
+    return DatasetFile(rows=len(rows), sha256=hashlib.sha256(content).hexdigest())
+
+
+def _line(row: BaseModel) -> str:
     # ASCII: a line separator of Unicode inside a text must not end the row.
-    return json.dumps(example.model_dump(mode="json"), sort_keys=True, separators=(",", ":")) + "\n"
+    return json.dumps(row.model_dump(mode="json"), sort_keys=True, separators=(",", ":")) + "\n"
 
 
 def _publish(contents: dict[str, bytes], folder: Path) -> None:

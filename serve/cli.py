@@ -16,6 +16,7 @@ from rich.console import Console
 from memory.errors import ConfigError, NightschoolError
 from serve.cli_batch import app as batch_app
 from serve.cli_keys import app as keys_app
+from serve.cli_knowledge import app as knowledge_app
 from serve.cli_memory import app as memory_app
 from serve.cli_nights import app as nights_app
 
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 app.add_typer(keys_app, name="keys")
 app.add_typer(memory_app, name="memory")
+app.add_typer(knowledge_app, name="knowledge")
 app.add_typer(batch_app, name="batch")
 app.add_typer(nights_app)
 out = Console()
@@ -162,23 +164,39 @@ def generations(context: typer.Context) -> None:
 
 
 @app.command()
-def promote(context: typer.Context, number: int, why: Annotated[str, typer.Option()] = "by hand") -> None:
-    """Serve generation NUMBER from now on."""
-    _switch(context, f"/v1/generations/{number}/promote", why)
+def promote(
+    context: typer.Context,
+    number: int,
+    why: Annotated[str, typer.Option()] = "by hand",
+    canary: Annotated[
+        float | None, typer.Option(help="only to this share of the users (0.1), until live outcomes decide")
+    ] = None,
+) -> None:
+    """Serve generation NUMBER from now on, to all users or, with --canary, to a share of them first.
+
+    A user in the share stays in it. Live outcomes decide: proven worse, the generation goes back by itself;
+    after watch.canary_outcomes judged runs without that, it serves all. `nightschool rollback` ends it by hand.
+    """
+    if canary is not None and not 0 < canary < 1:
+        raise ConfigError(f"--canary is a share between 0 and 1, got {canary:g}")
+    _switch(context, f"/v1/generations/{number}/promote", why, **({"canary": canary} if canary else {}))
 
 
 @app.command()
 def rollback(context: typer.Context, why: Annotated[str, typer.Option()] = "by hand") -> None:
-    """Serve the generation before the champion again."""
+    """Undo the last switch: end the canary, or serve the generation before the champion again."""
     _switch(context, "/v1/generations/rollback", why)
 
 
-def _switch(context: typer.Context, path: str, why: str) -> None:
+def _switch(context: typer.Context, path: str, why: str, **more: Any) -> None:
     from serve.client import connect
 
     with connect(_settings(context), _say) as client:
-        done = client.post(path, {"why": why})
-    out.print(f"generation {done['to_generation']} serves now (before: {done['from_generation']})")
+        done = client.post(path, {"why": why, **more})
+    if "canary" in more:
+        out.print(f"generation {done['number']} serves {more['canary']:.0%} of the users now")
+    else:
+        out.print(f"generation {done['to_generation']} serves now (before: {done['from_generation']})")
 
 
 @app.command()
@@ -231,12 +249,13 @@ def bench(
     context: typer.Context,
     name: Annotated[str | None, typer.Argument(help="which one; without a name they are listed")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the figures there")] = None,
+    data: Annotated[Path | None, typer.Option(help="a folder of real tasks, for the benches that read one")] = None,
 ) -> None:
     """Measure this machine: a table, with the aims beside the figures."""
     from evals.bench import print_result, run_bench, write_json
     from serve.benches import benches
 
-    known = benches(_settings(context))
+    known = benches(_settings(context), data)
     if name is None:
         for each in known.values():
             out.print(f"{each.name:12} {each.summary}")

@@ -19,6 +19,7 @@ from rich.console import Console
 from agent.calculator import calculate
 from evals.oracle import oracle
 from memory.errors import ToolError
+from memory.night_records import Evaluation
 from memory.records import Message, Task
 from serve.batch import line_of, run_lines
 from serve.client import Client
@@ -120,6 +121,11 @@ def live_night(client: Client, number: int, console: Console, timings: Timings) 
     for stage, seconds in ended["nightschool"]["stages"].items():
         timings.seconds[f"night {number} {stage}"] = seconds
     return ended
+
+
+def evaluations_in(reply: dict[str, Any]) -> list[Evaluation]:
+    """The records in a list of `/v1/evaluations`, which tells callers other than the operator a summary besides."""
+    return [Evaluation.model_validate({k: v for k, v in e.items() if k != "summary"}) for e in reply["data"]]
 
 
 def nights_so_far(client: Client) -> list[dict[str, Any]]:

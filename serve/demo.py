@@ -21,6 +21,7 @@ from evals.chat import chat_suite
 from evals.gate import GateDecision
 from evals.page import render_page, write_page
 from evals.plot import learning_curve
+from evals.refusals import refusal_suite
 from evals.report import Measured, Report, build_report, write_report
 from evals.suites import (
     TRAINED_FAMILIES,
@@ -36,7 +37,17 @@ from memory.night_records import Evaluation, TaskOutcome
 from memory.records import Task
 from serve.client import Client
 from serve.commands import share
-from serve.days import Course, Timings, ask_all, correct, correct_value, live_day, live_night, nights_so_far
+from serve.days import (
+    Course,
+    Timings,
+    ask_all,
+    correct,
+    correct_value,
+    evaluations_in,
+    live_day,
+    live_night,
+    nights_so_far,
+)
 from serve.reports import row_name
 from serve.settings import Settings
 
@@ -96,6 +107,7 @@ def prepare_suites(folder: Path, plan: Plan) -> list[Suite]:
         untrained_suite(exclude=taught),
         tool_validity_suite(exclude=taught),
         chat_suite(),
+        refusal_suite(),
     ]
     for suite in wanted:
         path = folder / f"{suite.name}.jsonl"
@@ -143,8 +155,7 @@ def measured_nights(client: Client, suites: Sequence[Suite]) -> list[Measured]:
     hashes = {suite.hash for suite in suites}
     latest: dict[tuple[int, str], Evaluation] = {}
     for job in nights_so_far(client):
-        for data in client.get("/v1/evaluations", night=job["id"])["data"]:
-            evaluation = Evaluation.model_validate(data)
+        for evaluation in evaluations_in(client.get("/v1/evaluations", night=job["id"])):
             if evaluation.suite_hash in hashes:
                 latest[evaluation.generation, evaluation.suite] = evaluation
     return _rows(list(latest.values()), memory=True)
@@ -155,19 +166,15 @@ def full_rows(client: Client, suites: Sequence[Suite], timings: Timings) -> list
     found: list[Evaluation] = []
     with timings.timed("without memory"):
         for generation in client.get("/v1/generations")["data"]:
-            stored = [Evaluation.model_validate(e) for e in _stored(client, generation["number"])]
+            stored = evaluations_in(client.get("/v1/evaluations", generation=generation["number"]))
             for suite in suites:
                 same = [e for e in stored if e.suite_hash == suite.hash and not e.memory]
                 if not same:
                     model = f"nightschool:gen-{generation['number']}"
                     body = {"model": model, "suites": [suite.name], "memory": False}
-                    same = [Evaluation.model_validate(e) for e in client.post("/v1/evaluations", body)["data"]]
+                    same = evaluations_in(client.post("/v1/evaluations", body))
                 found.append(same[-1])
     return [row for row in _rows(found, memory=False) if row.name != "base"]
-
-
-def _stored(client: Client, generation: int) -> list[dict[str, Any]]:
-    return client.get("/v1/evaluations", generation=generation)["data"]
 
 
 def _rows(evaluations: Sequence[Evaluation], memory: bool) -> list[Measured]:

@@ -5,13 +5,15 @@ Each puts its baseline beside it in the same run and reports ratios: machines ar
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from evals.bench import Bench, registry
-from serve.benches import agent, engine, front, memory
+from serve.benches import ablation, agent, curve, engine, front, memory
 from serve.settings import Settings
 
 
-def benches(settings: Settings) -> dict[str, Bench]:
-    """The benchmarks by name."""
+def benches(settings: Settings, data: Path | None = None) -> dict[str, Bench]:
+    """The benchmarks by name. `data`: a folder of real tasks, for those that read one."""
     return registry(
         Bench(
             "engine",
@@ -54,4 +56,24 @@ def benches(settings: Settings) -> dict[str, Bench]:
             lambda: lambda: memory.usefulness(settings, engine.live_engine),
         ),
         Bench("swap", "seconds to load, prove, switch and unload an adapter", lambda: lambda: engine.swap(settings)),
+        Bench(
+            "curve",
+            "five nights on six workloads, unattended: success, forgetting and prompt tokens night by night (an hour)",
+            lambda: lambda: curve.curve(settings),
+        ),
+        Bench(
+            "ablation",
+            "one night in nine variants on the same day and exam, beside stock TRL (an hour and more)",
+            lambda: lambda: ablation.ablation(settings),
+        ),
+        Bench(
+            "samples",
+            "held-out success by the number of corrections, after one night each (half an hour)",
+            lambda: lambda: ablation.samples(settings),
+        ),
+        Bench(
+            "gsm8k",
+            "base, night 1 and night 2 on real word problems with the calculator (--data FOLDER)",
+            lambda: lambda: curve.gsm8k(settings, data),
+        ),
     )

@@ -6,7 +6,7 @@ import asyncio
 import subprocess
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from statistics import median
@@ -14,7 +14,7 @@ from typing import Any
 
 from evals.bench import BenchResult, result
 from memory.night_records import Generation, GenerationStatus
-from memory.records import Example, ExampleKind
+from memory.records import Example, ExampleKind, Task
 from serve.settings import Settings
 
 ACTION = r"Action: (calc|finish)\([^\n]{1,60}\)"
@@ -29,7 +29,8 @@ import time, torch
 rows, base, out = json.load(open(sys.argv[1])), sys.argv[2], sys.argv[3]
 tokenizer = AutoTokenizer.from_pretrained(base)
 model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-config = SFTConfig(output_dir=out, per_device_train_batch_size=8, num_train_epochs=1, learning_rate=2e-3,
+epochs, rate = int(sys.argv[4]), float(sys.argv[5])
+config = SFTConfig(output_dir=out, per_device_train_batch_size=8, num_train_epochs=epochs, learning_rate=rate,
     report_to=[], save_strategy="no", use_cpu=not torch.cuda.is_available(), bf16=False,
     gradient_checkpointing=False, disable_tqdm=True, logging_steps=1)
 peft = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -38,8 +39,10 @@ trainer = SFTTrainer(model=model, processing_class=tokenizer, args=config,
 started = time.perf_counter()
 trainer.train()
 seconds = time.perf_counter() - started
+trainer.save_model(out)
 texts = [tokenizer.apply_chat_template(row["messages"], tokenize=False) for row in rows]
-print(json.dumps({"seconds": seconds, "tokens": sum(len(tokenizer(text)["input_ids"]) for text in texts)}))
+tokens = epochs * sum(len(tokenizer(text)["input_ids"]) for text in texts)
+print(json.dumps({"seconds": seconds, "tokens": tokens}))
 """
 
 
@@ -113,11 +116,15 @@ async def _bench_engine(settings: Settings, folder: Path) -> BenchResult:
 
 
 def _bench_examples(n: int) -> list[Example]:
-    from agent.prompts import compose
     from evals.suites import TRAINED_FAMILIES, reasoning_gym_tasks
+
+    return _corrected(reasoning_gym_tasks(TRAINED_FAMILIES, n // len(TRAINED_FAMILIES), 11, source="bench"))
+
+
+def _corrected(tasks: Sequence[Task]) -> list[Example]:
+    from agent.prompts import compose
     from serve.days import correct_value
 
-    tasks = reasoning_gym_tasks(TRAINED_FAMILIES, n // len(TRAINED_FAMILIES), 11, source="bench")
     return [
         Example(
             recipe="bench",
@@ -157,16 +164,24 @@ def train(settings: Settings, steps: int = 4) -> BenchResult:
     return result("train", figures, {"upper-cached_over_stock": ">= 1.5"})
 
 
+def stock_rows(tasks: Sequence[Task]) -> list[dict[str, Any]]:
+    """The oracle's corrections of the tasks as the conversations a stock script trains on."""
+    return _plain(_corrected(tasks))
+
+
+def _plain(examples: Sequence[Example]) -> list[dict[str, Any]]:
+    from agent.codec import wire
+
+    return [{"messages": [{k: m[k] for k in ("role", "content")} for m in wire(e.messages, e.tools)]} for e in examples]
+
+
 def _stock(settings: Settings, base: Path, examples: list[Example], folder: Path) -> float:
     """Tokens per second of a plain TRL script with all-linear LoRA on the same conversations."""
     import json
 
-    from agent.codec import wire
-
-    rows = [{"messages": [{k: m[k] for k in ("role", "content")} for m in wire(e.messages, e.tools)]} for e in examples]
-    (folder / "rows.json").write_text(json.dumps(rows))
+    (folder / "rows.json").write_text(json.dumps(_plain(examples)))
     (folder / "stock.py").write_text(STOCK_SCRIPT)
-    arguments = [folder / "stock.py", folder / "rows.json", base, folder / "stock"]
+    arguments = [folder / "stock.py", folder / "rows.json", base, folder / "stock", 1, settings.train.learning_rate]
     done = subprocess.run(
         [str(settings.trainer_python), *map(str, arguments)], capture_output=True, text=True, check=True
     )

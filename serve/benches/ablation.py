@@ -1,0 +1,314 @@
+"""`nightschool bench ablation | samples`: one night in many variants, on the same day and under the same exam.
+
+Each arm is a whole night through the public API, in a data folder of its own under `DATA_DIR/bench/`, with one
+setting changed. One engine serves all arms. Resumable: an arm that is done is read back, not lived again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict
+from rich.console import Console
+
+from evals.bench import BenchResult, Figure, result
+from evals.stats import wilson
+from evals.suites import TRAINED_FAMILIES, Suite, load_suite, reasoning_gym_suite, reasoning_gym_tasks, save_suite
+from memory.errors import ConfigError
+from memory.night_records import Evaluation
+from memory.records import Task
+from serve.benches.curve import HELD_OUT, HELD_OUT_SEED, controls
+from serve.benches.engine import STOCK_SCRIPT, live_engine, stock_rows
+from serve.client import Client, connect
+from serve.days import Course, Timings, correct, correct_value, evaluations_in, live_day, live_night
+from serve.settings import Settings
+from serve.wiring import INFO_FILE, LOCK_FILE
+
+if TYPE_CHECKING:
+    from serve.engine import Engine
+
+PER_WORKLOAD = 7
+SAMPLES = (1, 2, 4, 7)
+GOAL = 0.8
+VARIABLE = "NIGHTSCHOOL_"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A variant of the night: what it is called, and the settings that make it."""
+
+    name: str
+    settings: Mapping[str, str] = field(default_factory=dict)
+    """Names as in the environment, without the prefix."""
+    per_workload: int = PER_WORKLOAD
+    bare_too: bool = False
+    """The candidate is examined without memory as well."""
+
+
+ARMS = (
+    Arm("full", bare_too=True),
+    Arm("without successes", {"NIGHT__RECIPES": '["corrections"]'}),
+    Arm("without corrections", {"NIGHT__RECIPES": '["successes"]'}),
+    Arm("with contrast (DPO after SFT)", {"TRAIN__DPO_EPOCHS": "2"}),
+    Arm("without rehearsal", {"NIGHT__REHEARSAL": "0"}),
+    Arm("trained without the recalled block", {"DATASET__RECALLED": "false"}, bare_too=True),
+    Arm("share without memory: none", {"DATASET__REPEAT_WITHOUT": "0"}, bare_too=True),
+    Arm("share without memory: a third", {"DATASET__REPEAT_WITHOUT": "0.5"}, bare_too=True),
+)
+"""`full` is the default night: half of its rows show no memory."""
+
+
+class Scores(BaseModel):
+    """What one arm came to: successes and tasks by exam (`held out`, `held out, no memory`, each control suite)."""
+
+    model_config = ConfigDict(frozen=True)
+
+    arm: str
+    verdict: str
+    corrections: int
+    rows: int
+    exams: dict[str, tuple[int, int]]
+
+
+def ablation(settings: Settings) -> BenchResult:
+    """Each recipe off, memory only, weights only, both, several shares of memory in training, and stock TRL's SFT."""
+    console, folder = Console(), settings.data_dir / "bench" / "ablation"
+    with one_engine(settings, folder) as (engine, base, variables):
+        taught = day_one(settings, folder / "taught", PER_WORKLOAD, variables, console)
+        found = [night_of(settings, folder, taught, arm, variables, console) for arm in ARMS]
+        full = next(f for f in found if f.arm == "full")
+        stock = stock_arm(settings, folder, taught, engine, base, console)
+        memory_only = Scores(arm="memory only", verdict="-", corrections=0, rows=0, exams=memory_exams(folder / "full"))
+    figures: dict[str, Figure] = {}
+    for scores in (memory_only, *found, stock):
+        figures |= lines(scores)
+    plain = stock.exams["held out"]
+    return result(
+        "ablation",
+        {**figures, "full_over_stock_points": round(100 * (rate(full.exams["held out"]) - rate(plain)), 1)},
+        {"full_over_stock_points": "> 0"},
+    )
+
+
+def samples(settings: Settings) -> BenchResult:
+    """Held-out success after one night with 1, 2, 4 and 7 tasks of each workload, corrected where they failed."""
+    console, folder = Console(), settings.data_dir / "bench" / "samples"
+    figures: dict[str, Figure] = {}
+    enough: int | None = None
+    with one_engine(settings, folder) as (_, _, variables):
+        for count in SAMPLES:
+            taught = day_one(settings, folder / f"taught-{count}", count, variables, console)
+            few = Arm(f"{count} a workload", {"NIGHT__MIN_EXAMPLES": "1"}, per_workload=count)
+            scores = night_of(settings, folder, taught, few, variables, console)
+            figures |= lines(scores)
+            if enough is None and rate(scores.exams["held out"]) >= GOAL:
+                enough = scores.corrections
+    told: Figure = "not reached" if enough is None else enough
+    return result("samples", {**figures, f"corrections_to_{GOAL:.0%}": told}, {})
+
+
+@contextmanager
+def one_engine(settings: Settings, folder: Path) -> Iterator[tuple[Engine, Path, dict[str, str]]]:
+    """An engine for all arms: it, the base model's folder, and the variables that make a service use it."""
+    from anyio.from_thread import start_blocking_portal
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with (
+        start_blocking_portal() as portal,
+        portal.wrap_async_context_manager(live_engine(settings, folder)) as (engine, base),
+    ):
+        address = {"ENGINE__URL": engine.base_url, "ENGINE__API_KEY": engine.api_key}
+        yield engine, base, {**address, "RECALL__WITHHOLD_SHARE": "0"}
+
+
+@contextmanager
+def service(settings: Settings, folder: Path, changed: Mapping[str, str], console: Console) -> Iterator[Client]:
+    """A service on `folder` with settings changed. ConfigError when the user's environment overrides one of them."""
+    variables = {f"{VARIABLE}{name}": value for name, value in changed.items()}
+    if clash := sorted(variables.keys() & os.environ.keys()):
+        raise ConfigError(f"this bench sets {', '.join(clash)} itself; unset it first")
+    mine = settings.model_copy(update={"data_dir": folder})
+    with connect(mine, partial(console.print, style="dim", highlight=False), variables) as client:
+        yield client
+
+
+def day_one(
+    settings: Settings, folder: Path, per_workload: int, variables: Mapping[str, str], console: Console
+) -> Path:
+    """The data folder after day 1 and its corrections; lived once, copied by every arm."""
+    finished = folder / "corrections.json"
+    if not finished.exists():
+        course = Course("ablation", lambda _day: taught_tasks(per_workload), correct_value)
+        for suite in suites():
+            if not (path := folder / "suites" / f"{suite.name}.jsonl").exists():
+                save_suite(suite, path)
+        timings = Timings(folder / "seconds.json")
+        with service(settings, folder, variables, console) as client:
+            replies = live_day(client, course, 1, console, timings)
+            count = correct(client, course, 1, replies, console, timings)
+        finished.write_text(json.dumps(count))
+    return folder
+
+
+def taught_tasks(per_workload: int) -> list[Task]:
+    """The day's tasks; a smaller day is the beginning of a larger one."""
+    return reasoning_gym_tasks(TRAINED_FAMILIES, per_workload, 1101, source="ablation")
+
+
+def suites() -> list[Suite]:
+    """The exam: held-out tasks of all workloads, and the controls."""
+    taught = frozenset(task.fingerprint for task in taught_tasks(max(*SAMPLES, PER_WORKLOAD)))
+    held_out = reasoning_gym_suite(TRAINED_FAMILIES, HELD_OUT, HELD_OUT_SEED, "held_out", "held_out", exclude=taught)
+    return [held_out, *controls(taught)]
+
+
+def night_of(
+    settings: Settings, folder: Path, taught: Path, arm: Arm, variables: Mapping[str, str], console: Console
+) -> Scores:
+    """One arm's night on a copy of the taught folder; read back when it was lived before."""
+    home = folder / arm.name.replace(" ", "-").replace(":", "").replace(",", "")
+    finished = home / "scores.json"
+    if finished.exists():
+        return Scores.model_validate_json(finished.read_text())
+    if not home.exists():
+        draft = home.with_name(f"{home.name}.draft")
+        shutil.rmtree(draft, ignore_errors=True)
+        shutil.copytree(taught, draft, ignore=shutil.ignore_patterns(LOCK_FILE, INFO_FILE, "*.log"))
+        draft.rename(home)
+    console.rule(f"[bold]{arm.name}")
+    with service(settings, home, {**variables, **arm.settings}, console) as client:
+        job = live_night(client, 1, console, Timings(home / "seconds.json"))
+        if job["nightschool"]["decision"] is None:
+            raise ConfigError(f"the night of {arm.name!r} came to no decision: {job['nightschool']['reasons']}")
+        found = evaluations_in(client.get("/v1/evaluations", night=job["id"]))
+        exams = exams_of([e for e in found if e.generation == max(e.generation for e in found)])
+        if arm.bare_too:
+            asked = {"model": "nightschool:gen-1", "suites": ["held_out"], "memory": False}
+            bare = evaluations_in(client.post("/v1/evaluations", asked))
+            exams |= {f"{name}, no memory": count for name, count in exams_of(bare).items()}
+    scores = Scores(
+        arm=arm.name,
+        verdict=job["nightschool"]["decision"]["verdict"],
+        corrections=json.loads((home / "corrections.json").read_text()),
+        rows=_rows(home),
+        exams=exams,
+    )
+    finished.write_text(scores.model_dump_json())
+    return scores
+
+
+def _rows(home: Path) -> int:
+    """Rows of the night's SFT file."""
+    return sum(len(path.read_text(encoding="utf-8").splitlines()) for path in home.glob("nights/*/dataset/sft.jsonl"))
+
+
+def memory_exams(full: Path) -> dict[str, tuple[int, int]]:
+    """Generation 0 with the memory that the full arm's night left: what its gate measured as the champion."""
+    from memory.ledger import Ledger
+
+    ledger = Ledger.open(f"sqlite:///{full / 'ledger.sqlite'}")
+    try:
+        return exams_of([e for e in ledger.evaluations(generation=0) if e.memory])
+    finally:
+        ledger.close()
+
+
+def stock_arm(settings: Settings, folder: Path, taught: Path, engine: Engine, base: Path, console: Console) -> Scores:
+    """The plain baseline: stock TRL SFT on the same corrections, served without memory."""
+    import asyncio
+
+    finished = folder / "stock.json"
+    if finished.exists():
+        return Scores.model_validate_json(finished.read_text())
+    console.rule("[bold]stock TRL SFT on the same corrections")
+    out, rows = folder / "stock-adapter", stock_rows([t for t in taught_tasks(PER_WORKLOAD) if t.id in _failed(taught)])
+    (folder / "stock-rows.json").write_text(json.dumps(rows))
+    (folder / "stock.py").write_text(STOCK_SCRIPT)
+    arguments = [
+        folder / "stock.py",
+        folder / "stock-rows.json",
+        base,
+        out,
+        settings.train.epochs,
+        settings.train.learning_rate,
+    ]
+    subprocess.run([str(settings.trainer_python), *map(str, arguments)], check=True, capture_output=True)
+    exam = [load_suite(path) for path in sorted((taught / "suites").glob("*.jsonl"))]
+    found = asyncio.run(_examine(settings, engine, out, exam))
+    scores = Scores(arm="stock TRL SFT", verdict="-", corrections=len(rows), rows=len(rows), exams=exams_of(found))
+    finished.write_text(scores.model_dump_json())
+    return scores
+
+
+def _failed(taught: Path) -> set[str]:
+    """Ids of the tasks that were corrected."""
+    from memory.ledger import Ledger
+
+    ledger = Ledger.open(f"sqlite:///{taught / 'ledger.sqlite'}")
+    try:
+        runs = {t.id: t.task_id for t in ledger.trajectories()}
+        return {runs[f.trajectory_id] for f in ledger.feedback() if f.trajectory_id in runs}
+    finally:
+        ledger.close()
+
+
+async def _examine(settings: Settings, engine: Engine, adapter: Path, exam: Sequence[Suite]) -> list[Evaluation]:
+    from agent.engine_client import EngineClient
+    from agent.run import AgentDeps, ModelRef
+    from evals.runner import evaluate
+    from serve import adapters
+
+    await adapters.load(engine, "stock", adapter)
+    llm = EngineClient(engine, settings.llm)
+    try:
+        return [
+            (
+                await evaluate(
+                    suite,
+                    ModelRef(1, "stock"),
+                    AgentDeps(llm=llm, config=settings.agent),
+                    memory=False,
+                    memory_watermark="",
+                    concurrency=settings.night.concurrency,
+                    on_progress=lambda _done, _total: None,
+                )
+            )[0]
+            for suite in exam
+        ]
+    finally:
+        await llm.close()
+        await adapters.unload(engine, "stock")
+
+
+def exams_of(evaluations: Sequence[Evaluation]) -> dict[str, tuple[int, int]]:
+    """Successes and tasks by suite, held-out suites together as `held out`."""
+    found: dict[str, tuple[int, int]] = {}
+    for evaluation in evaluations:
+        name = "held out" if evaluation.role == "held_out" else evaluation.suite
+        hits, n = found.get(name, (0, 0))
+        found[name] = (hits + sum(o.success for o in evaluation.outcomes), n + len(evaluation.outcomes))
+    return found
+
+
+def rate(count: tuple[int, int]) -> float:
+    """Success in 0..1; 0 where nothing was asked."""
+    return count[0] / count[1] if count[1] else 0.0
+
+
+def lines(scores: Scores) -> dict[str, Figure]:
+    """An arm's figures: one line for each exam."""
+    told: dict[str, Any] = {}
+    for exam, (hits, n) in scores.exams.items():
+        low, high = wilson(hits, n)
+        told[f"{scores.arm}: {exam}"] = f"{hits / max(n, 1):.0%} [{low:.0%}, {high:.0%}] ({hits}/{n})"
+    told[f"{scores.arm}: gate"] = f"{scores.verdict}; {scores.corrections} corrections, {scores.rows} rows"
+    return told
