@@ -122,7 +122,7 @@ def print_result(done: BenchResult, console: Console) -> None:
     from rich.table import Table
 
     table = Table(title=f"bench {escape(done.name)}", title_justify="left")
-    table.add_column("figure")
+    table.add_column("figure", overflow="fold")
     table.add_column("measured", justify="right")
     table.add_column("aim", justify="right")
     table.add_column("met")

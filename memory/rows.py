@@ -8,9 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
+from functools import cache
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, Select, Table, insert, select, update
+from sqlalchemy import ColumnElement, Connection, Select, Table, Update, bindparam, insert, select, update
 
 from memory.errors import ConflictError, NotFoundError
 from memory.records import Record
@@ -51,9 +52,9 @@ def add(connection: Connection, table: Table, record: Record, what: str, key: Ke
     """
     body = dump(record)
     digest = digest_of(body)
-    stored = connection.execute(select(table.c.digest, table.c.body).where(*_equals(table, key))).one_or_none()
+    stored = connection.execute(_select(table, ("digest", "body"), tuple(key)), _given(key)).one_or_none()
     if stored is None:
-        connection.execute(insert(table).values(digest=digest, body=body, **key, **columns))
+        connection.execute(insert(table), {"digest": digest, "body": body, **key, **columns})
         return True
     if digest == stored.digest or body == stored.body:
         return False
@@ -62,7 +63,7 @@ def add(connection: Connection, table: Table, record: Record, what: str, key: Ke
 
 def find(connection: Connection, table: Table, model: type[R], what: str, key: Key) -> R:
     """The record whose columns equal `key`; raises `NotFoundError`."""
-    body = connection.execute(select(table.c.body).where(*_equals(table, key))).scalar_one_or_none()
+    body = connection.execute(_select(table, ("body",), tuple(key)), _given(key)).scalar_one_or_none()
     if body is None:
         raise NotFoundError(f"no {what} {_name(key)} in the ledger")
     return load(model, body)
@@ -70,18 +71,18 @@ def find(connection: Connection, table: Table, model: type[R], what: str, key: K
 
 def require(connection: Connection, table: Table, what: str, key: Key) -> None:
     """Raise `NotFoundError` unless there is such a row."""
-    if connection.execute(select(table.c.seq).where(*_equals(table, key))).one_or_none() is None:
+    if connection.execute(_select(table, ("seq",), tuple(key)), _given(key)).one_or_none() is None:
         raise NotFoundError(f"no {what} {_name(key)} in the ledger")
 
 
 def put(connection: Connection, table: Table, record: Record, key: Key, **columns: Any) -> None:
     """Replace the stored record, and columns that follow it."""
-    connection.execute(update(table).where(*_equals(table, key)).values(body=dump(record), **columns))
+    connection.execute(_update(table, tuple(key)), {"body": dump(record), **columns, **_given(key)})
 
 
-def read(connection: Connection, model: type[R], query: Select[Any]) -> list[R]:
-    """The records of a query for bodies."""
-    return [load(model, body) for body in connection.execute(query).scalars()]
+def read(connection: Connection, model: type[R], query: Select[Any], given: Key | None = None) -> list[R]:
+    """The records of a query for bodies; `given` fills its parameters."""
+    return [load(model, body) for body in connection.execute(query, given).scalars()]
 
 
 def page(
@@ -119,6 +120,25 @@ def chunks(values: Iterable[str]) -> Iterator[list[str]]:
 def unescaped(body: str) -> bytes:
     """A body with its strings one escape shallower: a reply that is kept as a JSON text inside one reads as itself."""
     return body.replace('\\"', '"').replace("\\\\", "\\").encode()
+
+
+@cache
+def _select(table: Table, columns: tuple[str, ...], named: tuple[str, ...]) -> Select[Any]:
+    # Built once: building a statement takes SQLAlchemy several times as long as running it.
+    return select(*(table.c[column] for column in columns)).where(*_is_named(table, named))
+
+
+@cache
+def _update(table: Table, named: tuple[str, ...]) -> Update:
+    return update(table).where(*_is_named(table, named))
+
+
+def _is_named(table: Table, named: tuple[str, ...]) -> list[ColumnElement[bool]]:
+    return [table.c[name] == bindparam(f"of_{name}") for name in named]
+
+
+def _given(key: Key) -> Key:
+    return {f"of_{name}": value for name, value in key.items()}
 
 
 def _equals(table: Table, key: Key) -> list[Any]:

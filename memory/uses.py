@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, case, func, insert, select, update
+from sqlalchemy import Connection, bindparam, case, func, insert, select, update
 
 from memory import rows
 from memory.records import MemoryKind, PastRun, Principle
@@ -19,6 +19,17 @@ from memory.uplift import Count, Exposure
 Item = Principle | PastRun
 
 MODELS: dict[str, type[Principle] | type[PastRun]] = {MemoryKind.PRINCIPLE: Principle, MemoryKind.RUN: PastRun}
+
+_COUNTED = (
+    select(
+        *(per := (item_uses.c.item_id, item_uses.c.generation, item_uses.c.withheld)),
+        func.count().label("n"),
+        func.sum(case((item_uses.c.success, 1), else_=0)).label("won"),
+    )
+    .where(item_uses.c.item_id.in_(bindparam("ids", expanding=True)))
+    .group_by(*per)
+)
+"""Built once, since every recall asks it."""
 
 
 @dataclass(frozen=True)
@@ -108,13 +119,9 @@ def take_over(connection: Connection, winner: Item, loser: Item) -> Count:
 
 def exposures(connection: Connection, item_ids: Sequence[str]) -> dict[str, dict[int | None, Exposure]]:
     """Item id -> generation -> its judged runs; None for runs whose generation was not noted."""
-    c = item_uses.c
     found: dict[str, dict[int | None, Exposure]] = {}
     for ids in rows.chunks(item_ids):
-        total, won = func.count(), func.sum(case((c.success, 1), else_=0))
-        query = select(c.item_id, c.generation, c.withheld, total.label("n"), won.label("won"))
-        query = query.where(c.item_id.in_(ids)).group_by(c.item_id, c.generation, c.withheld)
-        for row in connection.execute(query):
+        for row in connection.execute(_COUNTED, {"ids": ids}):
             counted = Count(row.n, int(row.won))
             more = Exposure(withheld=counted) if row.withheld else Exposure(shown=counted)
             by_generation = found.setdefault(row.item_id, {})

@@ -68,10 +68,12 @@ ROUNDS = 3
 QUERIES = 200
 WRITES = 100
 K = 5
-FILL_S = 900.0
-"""A store that is not full by then is measured as full as it is; the figures say how full that was."""
+FILL_S = 300.0
+"""Filling time of each store, over all sizes: one that is not full by then is measured as full as it is, and the
+figures say how full that was. Four stores and the rebuild end within half an hour."""
 
-SEARCH_S = 20.0
+ADD_S = 60.0
+SEARCH_S = 10.0
 TIE = 1e-4
 """Texts whose similarity is as near to the last of the exact answer are as right as that one."""
 
@@ -105,9 +107,9 @@ class Contender:
     process: Popen[str]
     folder: Path
     log: Path
+    left_s: float = FILL_S
+    """Filling time; at 0 it is not asked to hold more."""
     stored: int = 0
-    late: bool = False
-    """It ran out of time, so it is not asked to hold more."""
     rounds: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
 
     def do(self, **order: Any) -> dict[str, Any]:
@@ -145,12 +147,12 @@ def recall(
         folder = Path(temporary)
         given = folder / "texts.json"
         given.write_text(json.dumps({"texts": texts, "queries": asked}))
-        contenders = [stack.enter_context(_contender(name, given, folder)) for name in ("ours", *peers)]
+        contenders = [stack.enter_context(_contender(name, given, folder, fill_s)) for name in ("ours", *peers)]
         for each in contenders:
             figures[f"{each.name}_empty_rss_mib"] = _rss_mib(each)
         for size in sizes:
             for each in contenders:
-                figures |= _grow(each, size, fill_s)
+                figures |= _grow(each, size)
                 print(f"{each.name}: {each.stored} of {size} stored", file=sys.stderr)
                 each.rounds.clear()
             for _ in range(rounds):
@@ -210,7 +212,7 @@ class _Exact:
 
 
 @contextmanager
-def _contender(name: str, given: Path, folder: Path) -> Iterator[Contender]:
+def _contender(name: str, given: Path, folder: Path, fill_s: float) -> Iterator[Contender]:
     commands = {
         "ours": ["serve.benches.store"],
         "mem0": ["evals.peers.mem0_store", "qdrant"],
@@ -231,7 +233,7 @@ def _contender(name: str, given: Path, folder: Path) -> Iterator[Contender]:
             stderr=errors,
             text=True,
         )
-    contender = Contender(name, process, home, log)
+    contender = Contender(name, process, home, log, fill_s)
     try:
         contender.answer()
         yield contender
@@ -240,16 +242,17 @@ def _contender(name: str, given: Path, folder: Path) -> Iterator[Contender]:
         process.wait()
 
 
-def _grow(each: Contender, size: int, fill_s: float) -> dict[str, Figure]:
+def _grow(each: Contender, size: int) -> dict[str, Figure]:
     """Fill up to the size, the last few one by one, each searchable before the next."""
     name, figures, before = each.name, {}, each.stored
-    if not each.late:
-        filled = each.do(do="fill", upto=size - WRITES, budget_s=fill_s)
+    if each.left_s > 0:
+        filled = each.do(do="fill", upto=size - WRITES, budget_s=each.left_s)
         each.stored = filled["stored"]
         figures[f"{name}_bulk_writes_per_s_at_{size}"] = round((each.stored - before) / filled["seconds"])
-        added = each.do(do="add", upto=each.stored + WRITES, budget_s=fill_s / 4)
+        added = each.do(do="add", upto=each.stored + WRITES, budget_s=ADD_S)
         figures[f"{name}_writes_per_s_at_{size}"] = round((added["stored"] - each.stored) / added["seconds"], 1)
-        each.stored, each.late = added["stored"], added["stored"] < size
+        each.stored = added["stored"]
+        each.left_s = each.left_s - filled["seconds"] if each.stored == size else 0.0
     figures[f"{name}_stored_at_{size}"] = each.stored
     figures[f"{name}_rss_mib_at_{size}"] = _rss_mib(each)
     kept = sum(file.stat().st_size for file in each.folder.rglob("*") if file.is_file())
