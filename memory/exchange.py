@@ -50,10 +50,10 @@ class Imported:
     known: int
 
 
-def export_lines(database: Database, *, tenant: str) -> Iterator[str]:
-    """A tenant's items, one JSON line each without its newline, in the order they were added."""
+def export_lines(database: Database, *, tenant: str, workload: str | None = None) -> Iterator[str]:
+    """A tenant's items, all or a workload's, one JSON line each without its newline, in the order they were added."""
     after: str | None = None
-    while page := shelf.page(database, tenant=tenant, after=after, limit=PAGE):
+    while page := shelf.page(database, tenant=tenant, workload=workload, after=after, limit=PAGE):
         after = page[-1].id
         with database.reading() as connection:
             for item in page:

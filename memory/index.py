@@ -33,12 +33,14 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
+from memory.documents import Chunks
 from memory.embed import Embedder
 from memory.errors import IndexUnavailableError, NightschoolError, boundary
-from memory.ledger import ItemText, Ledger
-from memory.records import MemoryKind
+from memory.items import ItemText, OutboxRow
+from memory.ledger import Ledger
+from memory.records import IndexKind, index_kind
 
 log = logging.getLogger(__name__)
 
@@ -47,14 +49,21 @@ PROBE_SECONDS = 120.0
 PROBE = """
 import sys
 import chromadb
+import numpy as np
 from chromadb.config import Settings
 client = chromadb.PersistentClient(sys.argv[1], settings=Settings(anonymized_telemetry=False))
 for collection in client.list_collections():
-    if collection.count():
-        some = collection.get(limit=1, include=["embeddings"])
-        collection.query(query_embeddings=some["embeddings"], n_results=1)
+    count = collection.count()
+    for start in range(0, count, 1000):
+        vectors = np.array(collection.get(limit=1000, offset=start, include=["embeddings"])["embeddings"])
+        if not np.allclose(np.linalg.norm(vectors, axis=1), 1.0, atol=1e-3):
+            raise ValueError("vectors are not what was written")
+    if count:
+        found = collection.query(query_embeddings=vectors[:1], n_results=count, include=["distances"])
+        if len(found["ids"][0]) < count // 2:
+            raise ValueError("most vectors cannot be reached")
 """
-"""Reads every collection as a query would: opening alone does not load the vectors."""
+"""Reads every vector and walks the whole graph: opening alone loads neither, and a torn one crashes its reader."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +72,18 @@ class Build:
 
     name: str
     embedder: Embedder
+
+
+class Followed(Protocol):
+    """What the index follows: rows with a text, and the changes of them in order. `Ledger` and `Chunks` say how."""
+
+    def memory_watermark(self) -> str: ...
+    def outbox(self, limit: int) -> list[OutboxRow]: ...
+    def changes(self, after: int, limit: int) -> list[OutboxRow]: ...
+    def ack_outbox(self, seq_upto: int) -> None: ...
+    def item_texts(self, ids: list[str]) -> list[ItemText]: ...
+    def active_texts(self, after_seq: int, limit: int) -> list[ItemText]: ...
+    def count_active(self) -> int: ...
 
 
 class Index:
@@ -125,7 +146,7 @@ class Index:
             return f"broken: {self.fault}"
         return "rebuilding" if self.needs_rebuild else "ready"
 
-    def upsert(self, kind: MemoryKind, tenant: str, items: list[tuple[str, str]], build: Build | None = None) -> None:
+    def upsert(self, kind: IndexKind, tenant: str, items: list[tuple[str, str]], build: Build | None = None) -> None:
         """Add or replace (id, text) items; texts without any word are left out.
 
         `build`: one that is being made, instead of the one that answers.
@@ -138,7 +159,7 @@ class Index:
         with self.writing, self._boundary():
             self._collection(into, kind, tenant, create=True).upsert(ids=list(said), embeddings=vectors)
 
-    def delete(self, kind: MemoryKind, tenant: str, ids: list[str], build: Build | None = None) -> None:
+    def delete(self, kind: IndexKind, tenant: str, ids: list[str], build: Build | None = None) -> None:
         """Take items out; those that are not in are skipped."""
         with self.writing, self._boundary():
             collection = self._collection(build or self._answering(), kind, tenant)
@@ -147,7 +168,7 @@ class Index:
             if present := collection.get(ids=ids, include=[])["ids"]:
                 collection.delete(ids=present)
 
-    def query(self, kind: MemoryKind, tenant: str, text: str, k: int) -> list[tuple[str, float]]:
+    def query(self, kind: IndexKind, tenant: str, text: str, k: int) -> list[tuple[str, float]]:
         """The `k` items nearest to `text`, nearest first, with their cosine similarity in -1..1.
 
         Raises `IndexUnavailableError` while the index can only be rebuilt, and whenever Chroma fails.
@@ -168,7 +189,7 @@ class Index:
         return self.query(kind, tenant, text, k)  # it was replaced by a newer build in mid-query
 
     def _nearest(
-        self, build: Build, kind: MemoryKind, tenant: str, vectors: list[list[float]], k: int
+        self, build: Build, kind: IndexKind, tenant: str, vectors: list[list[float]], k: int
     ) -> list[tuple[str, float]]:
         collection = self._collection(build, kind, tenant)
         if collection is None:
@@ -209,6 +230,7 @@ class Index:
             self._build = build
             with suppress(IndexUnavailableError):  # the next `begin` tries again
                 self._drop_others(build)
+                _wipe(self._folder)
 
     def reset(self) -> None:
         """After a fault: put what is left of the folder aside and start with an empty one."""
@@ -242,7 +264,7 @@ class Index:
             self._collections.clear()
             _sweep(self._folder)
 
-    def _collection(self, build: Build, kind: MemoryKind, tenant: str, create: bool = False) -> Any:
+    def _collection(self, build: Build, kind: IndexKind, tenant: str, create: bool = False) -> Any:
         """The tenant's collection of this kind; None where nothing was ever added."""
         name = f"{build.name}-{kind}-{hashlib.sha256(tenant.encode('utf-8', 'surrogatepass')).hexdigest()[:32]}"
         found = self._collections.get(name)
@@ -284,15 +306,16 @@ def drain(ledger: Ledger, index: Index, batch: int = 256) -> int:
             rebuild(ledger, index, batch)
     followed = 0
     with index.writing:
-        while changes := ledger.outbox(batch):
-            _write(index, ledger.item_texts([change.item_id for change in changes]))
-            ledger.ack_outbox(changes[-1].seq)
-            followed += len(changes)
+        for source in _followed(ledger):
+            while changes := source.outbox(batch):
+                _write(index, source.item_texts([change.item_id for change in changes]))
+                source.ack_outbox(changes[-1].seq)
+                followed += len(changes)
     return followed
 
 
 def rebuild(ledger: Ledger, index: Index, batch: int = 256) -> int:
-    """Make the index anew from the ledger's recallable items; returns how many it holds.
+    """Make the index anew from the ledger's recallable items and documents; returns how many it holds.
 
     Meanwhile the old build, if there is one, answers and follows the outbox.
     """
@@ -300,22 +323,28 @@ def rebuild(ledger: Ledger, index: Index, batch: int = 256) -> int:
         if not index.is_whole:
             index.reset()
         build = index.begin()
-        upto = int(ledger.memory_watermark() or 0)
-        for page in _pages(ledger, batch):
-            _write(index, page, build)
+        sources = _followed(ledger)
+        upto = [int(source.memory_watermark() or 0) for source in sources]
+        for source in sources:
+            for page in _pages(source, batch):
+                _write(index, page, build)
         # What changed meanwhile: most of it while others may write, the rest while nobody does.
-        upto = _catch_up(ledger, index, build, upto, batch)
+        upto = [_catch_up(source, index, build, seq, batch) for source, seq in zip(sources, upto, strict=True)]
         with index.writing:
-            upto = _catch_up(ledger, index, build, upto, batch)
-            if upto:
-                ledger.ack_outbox(upto)
+            for source, seq in zip(sources, upto, strict=True):
+                if seq := _catch_up(source, index, build, seq, batch):
+                    source.ack_outbox(seq)
             index.switch(build)
             return index.count()
 
 
-def _catch_up(ledger: Ledger, index: Index, build: Build, after: int, batch: int) -> int:
-    while changes := ledger.changes(after, batch):
-        _write(index, ledger.item_texts([change.item_id for change in changes]), build)
+def _followed(ledger: Ledger) -> tuple[Followed, ...]:
+    return ledger, Chunks(ledger.database)
+
+
+def _catch_up(source: Followed, index: Index, build: Build, after: int, batch: int) -> int:
+    while changes := source.changes(after, batch):
+        _write(index, source.item_texts([change.item_id for change in changes]), build)
         after = changes[-1].seq
     return after
 
@@ -327,16 +356,16 @@ def sync(ledger: Ledger, index: Index, batch: int = 256) -> int:
     """
     drain(ledger, index, batch)
     with index.writing:
-        held, due = index.count(), ledger.count_active()
+        held, due = index.count(), sum(source.count_active() for source in _followed(ledger))
     if held == due:
         return held
     log.warning("the index holds %d items and the ledger %d: rebuilding it", held, due)
     return rebuild(ledger, index, batch)
 
 
-def _pages(ledger: Ledger, batch: int) -> Iterator[list[ItemText]]:
+def _pages(source: Followed, batch: int) -> Iterator[list[ItemText]]:
     after = 0
-    while page := ledger.active_texts(after, batch):
+    while page := source.active_texts(after, batch):
         yield page
         after = page[-1].seq
 
@@ -348,9 +377,9 @@ def _write(index: Index, texts: Iterable[ItemText], build: Build | None = None) 
     for (tenant, kind, active), group in groupby(sorted(texts, key=place), place):
         found = list(group)
         if active:
-            index.upsert(MemoryKind(kind), tenant, [(item.id, item.text) for item in found], build)
+            index.upsert(index_kind(kind), tenant, [(item.id, item.text) for item in found], build)
         else:
-            index.delete(MemoryKind(kind), tenant, [item.id for item in found], build)
+            index.delete(index_kind(kind), tenant, [item.id for item in found], build)
 
 
 @contextmanager
@@ -408,6 +437,15 @@ def _sweep(folder: Path) -> None:
     for path in present:
         if path.name not in living:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _wipe(folder: Path) -> None:
+    """Write Chroma's database anew: its free pages keep the ids and vectors of what was deleted or forgotten."""
+    try:
+        with closing(sqlite3.connect(folder / "chroma.sqlite3", timeout=15, isolation_level=None)) as connection:
+            connection.execute("VACUUM")
+    except sqlite3.Error as exc:
+        log.warning("the index %s keeps free pages until it is made anew: %s", folder, exc)
 
 
 def _own(folder: Path) -> IO[str]:

@@ -85,10 +85,13 @@ def scrub_folder(data_dir: Path, needles: Needles) -> list[str]:
     """
     touched: list[str] = []
     with boundary(LedgerError, f"cannot clear {data_dir} of what is to be forgotten"):
+        for broken in sorted(data_dir.glob("*.broken-*")):
+            # An index that was put aside holds vectors of what was said, and serves nobody.
+            shutil.rmtree(broken)
+            touched.append(broken.name)
         for path in sorted(data_dir.rglob("*")):
             inside = path.relative_to(data_dir)
-            top = inside.parts[0].split(".broken-")[0]
-            if not path.is_file() or path.is_symlink() or top in SKIPPED or ".sqlite" in path.name:
+            if not path.is_file() or path.is_symlink() or inside.parts[0] in SKIPPED or ".sqlite" in path.name:
                 continue
             if path.suffix in (".safetensors", ".lock"):
                 continue

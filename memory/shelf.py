@@ -6,7 +6,8 @@ Each change is one transaction with its outbox row, so the index follows. Owns n
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import islice
 
 from sqlalchemy import Connection, select
 
@@ -31,12 +32,13 @@ def page(
     tenant: str,
     kind: MemoryKind | None = None,
     status: MemoryStatus | None = None,
+    workload: str | None = None,
     after: str | None = None,
     limit: int = 1000,
 ) -> list[Item]:
     """Items in the order they were added, from behind the id `after`. NotFoundError when there is no such item."""
     table = items_table
-    query = select(table.c.kind, table.c.body).where(table.c.tenant == tenant).order_by(table.c.seq).limit(limit)
+    query = select(table.c.kind, table.c.body).where(table.c.tenant == tenant).order_by(table.c.seq)
     if kind is not None:
         query = query.where(table.c.kind == kind)
     if status is not None:
@@ -48,7 +50,12 @@ def page(
             if at is None:
                 raise NotFoundError(f"after: no memory item {after!r} in the ledger")
             query = query.where(table.c.seq > at)
-        return [rows.load(items.MODELS[MemoryKind(r.kind)], r.body) for r in connection.execute(query)]
+        # A workload is inside the record: rows are read until there are enough of it.
+        query = query.limit(limit) if workload is None else query.execution_options(yield_per=500)
+        standing: Iterator[Item] = (
+            rows.load(items.MODELS[MemoryKind(r.kind)], r.body) for r in connection.execute(query)
+        )
+        return list(islice((item for item in standing if workload in (None, item.workload)), limit))
 
 
 def history(database: Database, item_id: str, *, tenant: str) -> list[Change]:

@@ -6,6 +6,7 @@ Reads only. Owns no arithmetic of uplift (`memory.uplift`).
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 
 from sqlalchemy import func, select
@@ -43,7 +44,9 @@ class PromptCost:
     """Mean number of items shown to a run."""
 
 
-def worths(database: Database, *, tenant: str, kind: MemoryKind | None = None) -> list[Worth]:
+def worths(
+    database: Database, *, tenant: str, kind: MemoryKind | None = None, workload: str | None = None
+) -> list[Worth]:
     """The tenant's items that were ever shown or withheld in a judged run, the most useful first.
 
     Items that were merged are left out: the one that took them over has their runs.
@@ -53,7 +56,8 @@ def worths(database: Database, *, tenant: str, kind: MemoryKind | None = None) -
     if kind is not None:
         query = query.where(table.c.kind == kind)
     with database.reading() as connection:
-        found: list[Item] = [rows.load(items.MODELS[MemoryKind(r.kind)], r.body) for r in connection.execute(query)]
+        every: list[Item] = [rows.load(items.MODELS[MemoryKind(r.kind)], r.body) for r in connection.execute(query)]
+        found = [item for item in every if workload in (None, item.workload)]
         measured = uses.exposures(connection, [item.id for item in found])
     table_rows: list[Worth] = []
     for item in found:
@@ -63,18 +67,32 @@ def worths(database: Database, *, tenant: str, kind: MemoryKind | None = None) -
     return sorted(table_rows, key=lambda w: (w.uplift is None, -(w.uplift.value if w.uplift else 0.0), w.item.id))
 
 
-def counts(database: Database, *, tenant: str) -> dict[tuple[MemoryKind, MemoryStatus], int]:
+def counts(
+    database: Database, *, tenant: str, workload: str | None = None
+) -> dict[tuple[MemoryKind, MemoryStatus], int]:
     """How many items of the tenant there are of each kind and status."""
     c = items_table.c
-    query = select(c.kind, c.status, func.count()).where(c.tenant == tenant).group_by(c.kind, c.status)
+    mine = c.tenant == tenant
     with database.reading() as connection:
-        return {(MemoryKind(kind), MemoryStatus(status)): n for kind, status, n in connection.execute(query)}
+        if workload is None:
+            query = select(c.kind, c.status, func.count()).where(mine).group_by(c.kind, c.status)
+            return {(MemoryKind(kind), MemoryStatus(status)): n for kind, status, n in connection.execute(query)}
+        # A workload is inside the record.
+        bodies = connection.execute(select(c.kind, c.status, c.body).where(mine).execution_options(yield_per=500))
+        return dict(
+            Counter(
+                (MemoryKind(row.kind), MemoryStatus(row.status))
+                for row in bodies
+                if json.loads(row.body)["workload"] == workload
+            )
+        )
 
 
-def prompt_costs(database: Database, *, tenant: str) -> list[PromptCost]:
+def prompt_costs(database: Database, *, tenant: str, workload: str | None = None) -> list[PromptCost]:
     """Per generation, what the tenant's served runs spent on prompts; runs of unknown cost are left out."""
     c = trajectories.c
-    query = select(c.body).where(c.tenant == tenant, c.purpose == Purpose.SERVE).order_by(c.seq.desc()).limit(NEWEST)
+    mine = [c.tenant == tenant, c.purpose == Purpose.SERVE, *([c.workload == workload] if workload is not None else [])]
+    query = select(c.body).where(*mine).order_by(c.seq.desc()).limit(NEWEST)
     spent: dict[int, list[tuple[int, int]]] = {}
     with database.reading() as connection:
         for body in connection.execute(query).scalars():

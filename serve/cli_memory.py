@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -30,6 +30,9 @@ out = Console()
 err = Console(stderr=True)
 
 Tenant = Annotated[str, typer.Option(help="whose memory")]
+Workload = Annotated[str | None, typer.Option(help="only of this workload")]
+Kind = Literal["principle", "run"]
+Status = Literal["active", "merged", "retired", "internalised"]
 Why = Annotated[str, typer.Option(help="kept in the item's history")]
 ItemId = Annotated[str, typer.Argument(help="prin_… or run_…, as a search shows it")]
 
@@ -39,7 +42,7 @@ def search(
     context: typer.Context,
     text: str,
     tenant: Tenant = "default",
-    workload: Annotated[str | None, typer.Option(help="only of this workload")] = None,
+    workload: Workload = None,
     limit: Annotated[int, typer.Option(min=1, max=100)] = 10,
 ) -> None:
     """The items nearest to a text, nearest first."""
@@ -56,6 +59,48 @@ def search(
         figures = f"{hit.similarity:.2f}", f"{item.score:.2f}"
         table.add_row(item.id, *figures, item.status.value, escape(item.workload), escape(_short(item)))
     out.print(table)
+
+
+@app.command("list")
+def list_items(
+    context: typer.Context,
+    tenant: Tenant = "default",
+    workload: Workload = None,
+    kind: Annotated[Kind | None, typer.Option("--type")] = None,
+    status: Annotated[Status | None, typer.Option()] = None,
+    limit: Annotated[int, typer.Option(min=1, max=100_000)] = 100,
+) -> None:
+    """The items in the order they were added, those that retired or were merged included."""
+    from memory import shelf
+    from memory.records import MemoryKind, MemoryStatus
+
+    with _ledger(context) as (_, ledger):
+        found = shelf.page(
+            ledger.database,
+            tenant=tenant,
+            kind=MemoryKind(kind) if kind else None,
+            status=MemoryStatus(status) if status else None,
+            workload=workload,
+            limit=limit,
+        )
+    table = Table("id", "score", "uses", "status", "pinned", "workload", "text")
+    for item in found:
+        figures = f"{item.score:.2f}", str(item.uses), item.status.value, "yes" if item.pinned else ""
+        table.add_row(item.id, *figures, escape(item.workload), escape(_short(item)))
+    out.print(table)
+
+
+@app.command()
+def why(
+    context: typer.Context,
+    run_id: Annotated[str, typer.Argument(help="a reply's id (chatcmpl-…, resp_…) or its run's (traj_…)")],
+    tenant: Tenant = "default",
+) -> None:
+    """What memory did for one reply: why each item was recalled, what it cost, and whether it helped, as JSON."""
+    from serve.api.memory import recollection_object
+
+    with _ledger(context) as (_, ledger):
+        out.print_json(data=recollection_object(ledger.database, run_id, tenant))
 
 
 @app.command()
@@ -134,13 +179,14 @@ def export_items(
     context: typer.Context,
     file: Annotated[Path, typer.Argument(help="JSONL, one item a line")],
     tenant: Tenant = "default",
+    workload: Workload = None,
 ) -> None:
-    """Write the whole memory of a tenant to a file, which `import` takes again."""
+    """Write the memory of a tenant to a file, which `import` takes again."""
     from memory.exchange import export_lines
 
     written = 0
     with _ledger(context) as (_, ledger), boundary(ConfigError, f"cannot write {file}"), file.open("wb") as target:
-        for line in export_lines(ledger.database, tenant=tenant):
+        for line in export_lines(ledger.database, tenant=tenant, workload=workload):
             target.write(line.encode() + b"\n")
             written += 1
     err.print(f"{written} items")
@@ -167,14 +213,14 @@ def import_items(
 
 
 @app.command()
-def stats(context: typer.Context, tenant: Tenant = "default") -> None:
+def stats(context: typer.Context, tenant: Tenant = "default", workload: Workload = None) -> None:
     """What there is, what each item is worth, and what prompts cost from generation to generation."""
     from memory import stats as figures
 
     with _ledger(context) as (_, ledger):
-        counts = figures.counts(ledger.database, tenant=tenant)
-        worths = figures.worths(ledger.database, tenant=tenant)
-        costs = figures.prompt_costs(ledger.database, tenant=tenant)
+        counts = figures.counts(ledger.database, tenant=tenant, workload=workload)
+        worths = figures.worths(ledger.database, tenant=tenant, workload=workload)
+        costs = figures.prompt_costs(ledger.database, tenant=tenant, workload=workload)
     table = Table("type", "status", "items")
     for (kind, status), n in sorted(counts.items()):
         table.add_row(kind.value, status.value, str(n))

@@ -13,6 +13,10 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from evals.night_report import NightReport
+from memory.escalations import EscalationFigures
+from serve.api.dashboard import RunBody
+from serve.api.knowledge import DocumentBody, DocumentInFull, PassageBody
 from serve.api.memory_types import (
     ForgottenBody,
     MemoryDetail,
@@ -21,6 +25,7 @@ from serve.api.memory_types import (
     MemoryIndex,
     MemoryItem,
     MemoryStats,
+    Recollection,
 )
 from serve.diff import GenerationDiff
 from serve.dry_run import Estimate
@@ -265,6 +270,7 @@ class GenerationBody(BaseModel):
     base_model: str
     status: Literal["candidate", "champion", "retired", "rejected"]
     served_by: str
+    escalation: EscalationFigures | None = None
 
 
 class PromotionBody(BaseModel):
@@ -323,6 +329,8 @@ REPLIES: dict[tuple[str, str], type[BaseModel]] = {
     ("post", "/v1/fine_tuning/jobs/{job_id}/cancel"): JobBody,
     ("get", "/v1/fine_tuning/jobs/{job_id}/events"): Page[Item],
     ("get", "/v1/fine_tuning/jobs/{job_id}/checkpoints"): Page[Item],
+    ("get", "/v1/nights/{night_id}/report"): NightReport,
+    ("get", "/v1/runs"): Plain[RunBody],
     ("get", "/v1/generations"): Plain[GenerationBody],
     ("post", "/v1/generations/{number}/promote"): PromotionBody,
     ("post", "/v1/generations/rollback"): PromotionBody,
@@ -346,8 +354,14 @@ REPLIES: dict[tuple[str, str], type[BaseModel]] = {
     ("post", "/v1/memory/search"): Page[MemoryHit],
     ("post", "/v1/memory/import"): MemoryImport,
     ("get", "/v1/memory/stats"): MemoryStats,
+    ("get", "/v1/memory/recalled/{run_id}"): Recollection,
     ("post", "/v1/memory/reindex"): MemoryIndex,
     ("post", "/v1/memory/forget"): ForgottenBody,
+    ("post", "/v1/knowledge/documents"): DocumentBody,
+    ("get", "/v1/knowledge/documents"): Page[DocumentBody],
+    ("get", "/v1/knowledge/documents/{document_id}"): DocumentInFull,
+    ("delete", "/v1/knowledge/documents/{document_id}"): Deleted,
+    ("post", "/v1/knowledge/search"): Plain[PassageBody],
 }
 """The body of a 200, where FastAPI's own reading says only "any JSON"."""
 
@@ -366,10 +380,13 @@ EXAMPLES: dict[tuple[str, str], dict[str, Any]] = {
     ("post", "/v1/fine_tuning/jobs"): {"a night now": {"model": "nightschool"}},
     ("post", "/v1/memory/items"): {"a rule": {"text": "Check the sum backwards before you answer."}},
     ("post", "/v1/memory/search"): {"what is near": {"query": "adding up numbers"}},
+    ("post", "/v1/knowledge/search"): {"what documents say": {"query": "how long a guarantee lasts"}},
     ("post", "/v1/keys"): {"a key for a client": {"name": "ada", "scopes": ["chat", "feedback"], "expires_in": "30d"}},
 }
 """Requests that are answered with 200."""
 
+PAGES = {("get", "/v1/nights/{night_id}/report")}
+TEXTS = {("get", "/metrics")}
 LINES = {("get", "/v1/memory/export")}
 OCTETS = {("get", "/v1/files/{file_id}/content")}
 STREAMS = {("post", "/v1/chat/completions"), ("post", "/v1/responses")}
@@ -402,6 +419,11 @@ def complete(document: dict[str, Any]) -> dict[str, Any]:
         replies.pop("422", None)  # a body that does not fit is a 400 in OpenAI's shape
         if (method, path) in REPLIES:
             replies["200"]["content"] = {"application/json": {"schema": reference[REPLIES[method, path]]}}
+        if (method, path) in PAGES:
+            replies["200"]["content"] |= {"text/html": {"schema": {"type": "string"}}}
+        if (method, path) in TEXTS:
+            replies["200"]["content"] = {"text/plain": {"schema": {"type": "string"}}}
+            replies |= {code: {"description": ERRORS[int(code)], "content": refusal} for code in ("401", "403")}
         if (method, path) in LINES:
             replies["200"]["content"] = {"application/x-ndjson": {"schema": {"type": "string"}}}
         if (method, path) in OCTETS:

@@ -14,7 +14,7 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from memory import exchange, shelf, stats
+from memory import exchange, recalls, shelf, stats
 from memory.database import Database
 from memory.errors import ConflictError, NightschoolError
 from memory.forget import Forgotten, forget
@@ -33,6 +33,8 @@ from memory.uplift import Exposure, Uplift, uplift
 from serve.api.auth import Scope, caller_of, requires
 from serve.api.errors import FieldError
 from serve.api.files import listing
+from serve.api.openai_types import RESPONSE_PREFIX
+from serve.api.response_types import RESPONSE_ID, run_id_of
 from serve.wiring import Services
 
 log = logging.getLogger(__name__)
@@ -112,6 +114,7 @@ def list_items(
     request: Request,
     type: MemoryKind | None = None,
     status: MemoryStatus | None = None,
+    workload: str | None = None,
     after: str | None = None,
     limit: int = Query(default=100, ge=1, le=1000),
 ) -> dict[str, Any]:
@@ -121,6 +124,7 @@ def list_items(
         tenant=caller_of(request).tenant,
         kind=type,
         status=status,
+        workload=workload,
         after=after,
         limit=limit + 1,
     )
@@ -194,9 +198,10 @@ def search_items(body: SearchRequest, request: Request) -> dict[str, Any]:
 
 
 @router.get("/v1/memory/export")
-def export_items(request: Request) -> StreamingResponse:
-    """The whole memory of the tenant as JSON lines, which import takes again."""
-    lines = exchange.export_lines(_services(request).ledger.database, tenant=caller_of(request).tenant)
+def export_items(request: Request, workload: str | None = None) -> StreamingResponse:
+    """The memory of the tenant, all or a workload's, as JSON lines, which import takes again."""
+    database, tenant = _services(request).ledger.database, caller_of(request).tenant
+    lines = exchange.export_lines(database, tenant=tenant, workload=workload)
     # The first page is read before the reply begins, so that a refusal still is one.
     first = next(lines, None)
     return StreamingResponse(_ended([] if first is None else [first], lines), media_type=LINES)
@@ -222,11 +227,17 @@ async def import_items(request: Request) -> dict[str, Any]:
 
 
 @router.get("/v1/memory/stats")
-def memory_stats(request: Request) -> dict[str, Any]:
+def memory_stats(request: Request, workload: str | None = None) -> dict[str, Any]:
     """What there is, what each item is worth, and what prompts cost from generation to generation."""
     services = _services(request)
-    figures = stats_object(services.ledger.database, caller_of(request).tenant)
+    figures = stats_object(services.ledger.database, caller_of(request).tenant, workload)
     return figures | {"index": services.index.state.split(":")[0]}
+
+
+@router.get("/v1/memory/recalled/{run_id}")
+def recalled_in(run_id: str, request: Request) -> dict[str, Any]:
+    """What memory put into a run's prompt, or withheld from it: why each item, at what cost, and whether it helped."""
+    return recollection_object(_services(request).ledger.database, run_id, caller_of(request).tenant)
 
 
 @router.post("/v1/memory/reindex", dependencies=[requires(Scope.OPERATE)])
@@ -291,16 +302,16 @@ def worth_object(exposure: Exposure, measured: Uplift | None) -> dict[str, Any]:
     }
 
 
-def stats_object(database: Database, tenant: str) -> dict[str, Any]:
-    """A tenant's figures as JSON."""
-    counts = stats.counts(database, tenant=tenant)
+def stats_object(database: Database, tenant: str, workload: str | None) -> dict[str, Any]:
+    """A tenant's figures as JSON, of all its workloads or of one."""
+    counts = stats.counts(database, tenant=tenant, workload=workload)
     return {
         "object": "memory.stats",
         "counts": [{"type": k.value, "status": s.value, "items": n} for (k, s), n in sorted(counts.items())],
         "worths": [
             {"id": w.item.id, "type": kind_of(w.item).value, "text": _text(w.item), "status": w.item.status.value}
             | worth_object(w.exposure, w.uplift)
-            for w in stats.worths(database, tenant=tenant)
+            for w in stats.worths(database, tenant=tenant, workload=workload)
         ],
         "prompts": [
             {
@@ -309,7 +320,32 @@ def stats_object(database: Database, tenant: str) -> dict[str, Any]:
                 "prompt_tokens": cost.prompt_tokens,
                 "recalled": cost.recalled,
             }
-            for cost in stats.prompt_costs(database, tenant=tenant)
+            for cost in stats.prompt_costs(database, tenant=tenant, workload=workload)
+        ],
+    }
+
+
+def recollection_object(database: Database, run_id: str, tenant: str) -> dict[str, Any]:
+    """A run (by its id or its reply's) and its recalled items as JSON. NotFoundError."""
+    name = run_id_of(run_id) if run_id.startswith(RESPONSE_ID) else run_id.removeprefix(RESPONSE_PREFIX)
+    run, found = recalls.of_run(database, name, tenant=tenant)
+    steps = [step.prompt_tokens for step in run.steps[run.inherited_steps :]]
+    return {
+        "object": "memory.recollection",
+        "id": run.id,
+        "generation": run.generation,
+        "score": run.outcome.score if run.outcome else None,
+        "prompt_tokens": None if None in steps else sum(step or 0 for step in steps),
+        "recalled": [
+            each.recalled.model_dump(mode="json", exclude={"schema_version"})
+            | {
+                "text": None if each.item is None else _text(each.item),
+                "status": None if each.item is None else each.item.status.value,
+                "success": each.success,
+                "helps": each.helps,
+                "worth": worth_object(each.exposure, each.uplift),
+            }
+            for each in found
         ],
     }
 

@@ -62,6 +62,17 @@ class MemoryStats(BaseModel):
     index: Literal["ready", "rebuilding", "broken"]
 
 
+class Recollection(BaseModel):
+    """A run and what memory did for it: each item with the figures that chose it, and what it is worth by now."""
+
+    object: Literal["memory.recollection"]
+    id: str
+    generation: int
+    score: float | None
+    prompt_tokens: int | None
+    recalled: list[dict[str, Any]]
+
+
 class MemoryImport(BaseModel):
     """Lines that were new, and lines that were here already."""
 

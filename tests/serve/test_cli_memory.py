@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
-from memory.records import Principle
+from memory.records import MemoryKind, Principle, Recalled
 from serve import cli_memory
 from serve.cli import app
 from serve.wiring import announce, open_ledger
@@ -49,6 +49,37 @@ def test_a_principle_lives_its_life_without_a_service(tmp_path: Path) -> None:
     history = json.loads(done(tmp_path, "show", item))["history"]
     assert [entry["why"] for entry in history][-2:] == ["operator: wrong", "operator: by hand"]
     assert "holds 1 items" in done(tmp_path, "reindex")
+
+
+def test_items_are_listed_by_workload_and_status(tmp_path: Path) -> None:
+    farm, kitchen = (done(tmp_path, "add", f"A rule of the {w}.", "--workload", w).strip() for w in ("farm", "kitchen"))
+    listed = done(tmp_path, "list")
+    assert farm in listed
+    assert kitchen in listed
+    assert kitchen not in done(tmp_path, "list", "--workload", "farm")
+    assert farm not in done(tmp_path, "list", "--status", "retired")
+    assert farm not in done(tmp_path, "list", "--tenant", "other")
+    assert memory(tmp_path, "list", "--status", "lost").exit_code == 2
+    file = tmp_path / "farm.jsonl"
+    done(tmp_path, "export", str(file), "--workload", "farm")
+    assert json.loads(file.read_text())["item"]["id"] == farm
+    assert "2" in done(tmp_path, "stats")
+    assert "1" in done(tmp_path, "stats", "--workload", "farm")
+
+
+def test_a_reply_says_what_memory_did_for_it(tmp_path: Path) -> None:
+    ledger = open_ledger(settings_in(tmp_path))
+    item = samples.principle("Count the cows.")
+    task = samples.task("How many cows?")
+    figures = {"similarity": 0.9, "score": 0.5, "recency": 1.0, "rank": 0.83, "tokens": 9, "why": "it is near"}
+    recalled = [Recalled(id=item.id, kind=MemoryKind.PRINCIPLE, **figures)]
+    run = samples.trajectory(task).model_copy(update={"recalled": recalled})
+    ledger.add_principle(item)
+    ledger.add_run(task, run)
+    ledger.close()
+    told = json.loads(done(tmp_path, "why", f"chatcmpl-{run.id}"))
+    assert (told["id"], told["recalled"][0]["text"], told["recalled"][0]["why"]) == (run.id, item.text, "it is near")
+    assert "no trajectory" in str(memory(tmp_path, "why", run.id, "--tenant", "other").exception)
 
 
 def test_no_command_reaches_another_tenants_item(tmp_path: Path) -> None:

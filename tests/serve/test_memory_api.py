@@ -106,32 +106,93 @@ def test_what_is_exported_comes_in_once_and_a_broken_line_not_at_all(service: tu
         assert {hit["tenant"] for hit in said(other.post("/search", json={"query": "rule"}))["data"]} == {"in"}
 
 
-def test_no_verb_reaches_another_tenants_item(service: tuple[str, Services]) -> None:
-    database = service[1].ledger.database
-    with client(service, "victim") as theirs, client(service, "thief", "memory", "operate", "admin") as thief:
-        item = added(theirs, "The vault opens at nine.")
-        before = shelf.get(database, item, tenant="victim")
-        reached = [
-            thief.get(f"/items/{item}"),
-            thief.post(f"/items/{item}", json={"text": "Nothing."}),
-            *(thief.post(f"/items/{item}/{verb}", json={}) for verb in ("pin", "unpin", "retire", "restore")),
-            thief.get("/items", params={"after": item}),
-        ]
-        assert [reply.status_code for reply in reached] == [404] * len(reached)
-        assert not [reply.text for reply in reached if "vault" in reply.text]
-        for reply in (
-            thief.get("/items"),
-            thief.get("/export"),
-            thief.get("/stats"),
-            thief.post("/search", json={"query": "The vault opens at nine."}),
-        ):
-            assert reply.status_code == 200
-            assert "vault" not in reply.text
-        refused = thief.post("/forget", json={"tenant": "victim"})
-        assert said(refused, 400)["error"]["param"] == "tenant"
-        assert shelf.get(database, item, tenant="victim") == before
-        said(thief.post("/import", content=theirs.get("/export").content))
-        assert shelf.get(database, item, tenant="victim") == before
+VAULT = "The vault opens at nine."
+
+REACHES: dict[tuple[str, str], dict[str, Any]] = {
+    ("get", "/items"): {"params": {"after": "{item}"}},
+    ("post", "/items"): {"json": {"text": "Mine."}},
+    ("get", "/items/{item_id}"): {},
+    ("post", "/items/{item_id}"): {"json": {"text": "Nothing."}},
+    ("post", "/items/{item_id}/pin"): {"json": {}},
+    ("post", "/items/{item_id}/unpin"): {"json": {}},
+    ("post", "/items/{item_id}/retire"): {"json": {}},
+    ("post", "/items/{item_id}/restore"): {"json": {}},
+    ("post", "/search"): {"json": {"query": VAULT}},
+    ("get", "/export"): {},
+    ("post", "/import"): {"content": "{export}"},
+    ("get", "/stats"): {},
+    ("get", "/recalled/{run_id}"): {},
+    ("post", "/reindex"): {"json": {}},
+    ("post", "/forget"): {"json": {"tenant": "victim"}},
+}
+"""How a thief calls each verb. A new verb is to be put down here with its call."""
+
+OPEN = {"/items": "post", "/search": "post", "/export": "get", "/import": "post", "/stats": "get", "/reindex": "post"}
+"""Calls that succeed, with nothing of the victim's in their reply."""
+
+
+def test_every_verb_is_tried_by_the_thief(service: tuple[str, Services]) -> None:
+    paths = httpx.get(f"{service[0]}/openapi.json").json()["paths"]
+    root = "/v1/memory"
+    there = {(verb, path.removeprefix(root)) for path in paths if path.startswith(f"{root}/") for verb in paths[path]}
+    assert there == set(REACHES)
+
+
+@pytest.mark.parametrize(("verb", "path"), sorted(REACHES))
+def test_no_verb_reaches_another_tenants_memory(service: tuple[str, Services], verb: str, path: str) -> None:
+    ledger = service[1].ledger
+    thief_tenant = f"thief-{verb}" + path.translate(str.maketrans("/{}", "---"))
+    with client(service, "victim") as theirs, client(service, thief_tenant, "memory", "operate", "admin") as thief:
+        item = added(theirs, VAULT)
+        task = samples.task(VAULT, "victim")
+        run = samples.trajectory(task)
+        ledger.add_run(task, run)
+        before = shelf.get(ledger.database, item, tenant="victim")
+        call = dict(REACHES[verb, path])
+        if "params" in call:
+            call["params"] = {"after": item}
+        if "content" in call:
+            call["content"] = theirs.get("/export").content
+        reply = thief.request(verb, path.format(item_id=item, run_id=run.id), **call)
+        assert reply.status_code == (200 if OPEN.get(path) == verb else 400 if path == "/forget" else 404), reply.text
+        assert item not in reply.text.replace(f"no memory item '{item}'", "")
+        assert "vault" not in reply.text
+        assert shelf.get(ledger.database, item, tenant="victim") == before
+        assert ledger.get_trajectory(run.id, tenant="victim") == run
+
+
+def test_a_reply_says_why_each_item_was_recalled_and_whether_it_helped(service: tuple[str, Services]) -> None:
+    url, services = service
+    remembered = samples.remember(services.ledger, "How long is the train to Rome?", "rail")
+    with client(service, "rail", "memory", "operate", "chat") as api:
+        said(api.post("/reindex", json={}))
+        body = {"model": "nightschool", "messages": [{"role": "user", "content": "How long is the train to Oslo?"}]}
+        # Some runs go without, to measure it: asked again they are other runs.
+        replies = [said(api.post(f"{url}/v1/chat/completions", json=body)) for _ in range(2)]
+        for reply in replies:
+            told = said(api.get(f"/recalled/{reply['id']}"))
+            [shown] = told["recalled"]
+            assert (shown["id"], shown["text"]) == (remembered.id, remembered.question)
+            assert {"similarity", "score", "recency", "rank", "tokens", "why", "withheld"} <= shown.keys()
+            assert 0.3 <= shown["similarity"] <= 1.0
+            assert shown["tokens"] > 0
+            assert (shown["success"], shown["helps"]) == (None, None)
+            assert shown["worth"]["shown"] == {"runs": 0, "successes": 0}
+        said(api.get("/recalled/chatcmpl-traj_none"), 404)
+
+
+def test_a_workload_is_listed_counted_and_exported_by_itself(service: tuple[str, Services]) -> None:
+    with client(service, "works") as api:
+        farm = [added(api, f"Rule {n} of the farm.", workload="farm") for n in range(3)]
+        added(api, "A rule of the kitchen.", workload="kitchen")
+        page = said(api.get("/items", params={"workload": "farm", "limit": 2}))
+        assert ([item["id"] for item in page["data"]], page["has_more"]) == (farm[:2], True)
+        rest = said(api.get("/items", params={"workload": "farm", "after": farm[1]}))
+        assert ([item["id"] for item in rest["data"]], rest["has_more"]) == (farm[2:], False)
+        assert [c["items"] for c in said(api.get("/stats", params={"workload": "farm"}))["counts"]] == [3]
+        assert [c["items"] for c in said(api.get("/stats"))["counts"]] == [4]
+        assert len(api.get("/export", params={"workload": "kitchen"}).text.split("\n")) == 2
+        assert api.get("/export", params={"workload": "none"}).text == ""
 
 
 def test_forgetting_takes_an_admin_and_leaves_other_tenants_alone(service: tuple[str, Services]) -> None:
