@@ -15,9 +15,9 @@ from pathlib import Path
 from evals.gate import GateDecision, GateRow
 from evals.report import Rate, Report, Row, overall
 from memory.errors import ConfigError, boundary
-from memory.records import RECALLED, Message, Task, Trajectory, text_of
+from memory.records import LOOKED_UP, RECALLED, Message, Task, Trajectory, text_of
 
-_STYLE = """
+STYLE = """
 :root { color-scheme: light dark; --ink: #1f2933; --soft: #5b6672; --line: #dde2e7; --paper: #fff; --tint: #f4f6f8;
   --good: #11734b; --bad: #ab1f3d; --wait: #8a5a00; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e4e8ec; --soft: #9aa6b2; --line: #343d47; --paper: #14181d;
@@ -85,14 +85,14 @@ def render_page(
         _headline(report),
         *(f"<p>{escape(text)}</p>" for text in intro),
         _figure(curve) if curve is not None else "",
-        _rates("Held-out success", "workloads", report["rows"]),
-        _rates("Controls: what it could do before", "controls", report["rows"]),
-        *(_gate(name, decision) for name, decision in decisions),
+        rates_section("Held-out success", "workloads", report["rows"]),
+        rates_section("Controls: what it could do before", "controls", report["rows"]),
+        *(gate_section(name, decision) for name, decision in decisions),
         _times(report),
         _samples(samples),
     ]
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
-    head += f"<style>{_STYLE}</style>"
+    head += f"<style>{STYLE}</style>"
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>{_join(parts)}</body></html>\n'
 
 
@@ -129,7 +129,7 @@ def _figure(curve: Path) -> str:
     return f'<figure><img alt="{alt}" src="data:image/png;base64,{data}"><figcaption>{alt}.</figcaption></figure>'
 
 
-def _rates(title: str, kind: str, rows: Sequence[Row]) -> str:
+def rates_section(title: str, kind: str, rows: Sequence[Row]) -> str:
     cells: list[dict[str, Rate]] = [row["workloads"] if kind == "workloads" else row["controls"] for row in rows]
     names = list(dict.fromkeys(name for found in cells for name in found))
     if not names:
@@ -154,16 +154,24 @@ def _rate(rate: Rate | None) -> str:
     return f'<td>{100 * rate["success"]:.0f}%<span class="between">{between}</span></td>'
 
 
-def _gate(name: str, decision: GateDecision) -> str:
+def gate_section(name: str, decision: GateDecision) -> str:
     colour, word = _VERDICTS[decision.verdict]
     head = '<th class="text">part</th><th>tasks</th><th>champion</th><th>candidate</th><th>points</th>'
-    head += '<th>lower bound</th><th>may lose</th><th class="text">judged</th>'
+    head += '<th>between</th><th>exact p</th><th>may lose</th><th class="text">judged</th>'
     reasons = "".join(f"<li>{escape(reason)}</li>" for reason in decision.reasons)
     return (
         f'<h2>Gate, {escape(name)}: <span class="{colour}">{word}</span></h2><ul>{reasons}</ul>'
-        f'<div class="scroll"><table><caption>Paired, task by task; lower bounds are one-sided 95%.</caption>'
+        f'<div class="scroll"><table><caption>Paired, task by task; both bounds one-sided 95%.</caption>'
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(map(_gate_row, decision.table))}</tbody></table></div>"
+        f"{_lengths(decision)}"
     )
+
+
+def _lengths(decision: GateDecision) -> str:
+    if not decision.lengths:
+        return ""
+    told = "; ".join(f"{row.suite} {row.champion:.0f} to {row.candidate:.0f}" for row in decision.lengths)
+    return f'<p class="soft">Median answer in characters: {escape(told)}.</p>'
 
 
 def _gate_row(row: GateRow) -> str:
@@ -174,7 +182,8 @@ def _gate_row(row: GateRow) -> str:
     margin = "" if row.margin is None else f"{row.margin:.0f}"
     return (
         f'<tr{whole_mark}><th class="text">{escape(name)}</th><td>{row.n}</td><td>{row.champion}</td>'
-        f"<td>{row.candidate}</td><td>{row.points:+.1f}</td><td>{row.low:+.1f}</td><td>{margin}</td>"
+        f"<td>{row.candidate}</td><td>{row.points:+.1f}</td>"
+        f"<td>{row.low:+.1f} to {row.high:+.1f}</td><td>{row.p_value:.3f}</td><td>{margin}</td>"
         f'<td class="text {colour}">{word}</td></tr>'
     )
 
@@ -182,15 +191,15 @@ def _gate_row(row: GateRow) -> str:
 def _times(report: Report) -> str:
     if not report["seconds"]:
         return ""
-    rows = "".join(f"<tr><th>{escape(s)}</th><td>{_duration(t)}</td></tr>" for s, t in report["seconds"].items())
-    total = _duration(sum(report["seconds"].values()))
+    rows = "".join(f"<tr><th>{escape(s)}</th><td>{duration(t)}</td></tr>" for s, t in report["seconds"].items())
+    total = duration(sum(report["seconds"].values()))
     return (
         f'<h2>Time</h2><div class="scroll"><table><tbody>{rows}'
         f'<tr class="all"><th>all</th><td>{total}</td></tr></tbody></table></div>'
     )
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
 
@@ -203,7 +212,7 @@ def _samples(samples: Sequence[tuple[Task, Trajectory]]) -> str:
 
 def _sample(task: Task, trajectory: Trajectory) -> str:
     colour, mark = ("good", "right") if trajectory.success else ("bad", "wrong")
-    told = "".join(_message(m) for m in trajectory.messages if m.get("role") != "system")
+    told = "".join(message_block(m) for m in trajectory.messages if m.get("role") != "system")
     expected = (
         f'<div class="who">reference (never shown to the model)</div><pre>{escape(task.reference or "none")}</pre>'
     )
@@ -213,8 +222,8 @@ def _sample(task: Task, trajectory: Trajectory) -> str:
     )
 
 
-def _message(message: Message) -> str:
-    who = str(message.get("role", "")) + (", from memory" if message.get("name") == RECALLED else "")
+def message_block(message: Message) -> str:
+    who = str(message.get("role", "")) + (", from memory" if message.get("name") in (RECALLED, LOOKED_UP) else "")
     calls = [f"{c['function']['name']} {c['function']['arguments']}" for c in message.get("tool_calls") or []]
     said = text_of(message) or "\n".join(calls) or json.dumps(message.get("content"))
     return f'<div class="who">{escape(who)}</div><pre>{escape(said)}</pre>'

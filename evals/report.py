@@ -10,7 +10,8 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypedDict
+
+from typing_extensions import TypedDict
 
 from evals.gate import pair_outcomes
 from evals.stats import paired_difference, wilson

@@ -137,4 +137,5 @@ def _own_run(ledger: Ledger, outcome: TaskOutcome, tenant: str) -> Trajectory | 
 
 def _short(text: str | None) -> str:
     said = "-" if text is None else " ".join(text.split())
-    return said if len(said) <= 60 else f"{said[:59]}…"
+    # Questions of one kind begin alike: their ends tell them apart.
+    return said if len(said) <= 60 else f"{said[:29]}…{said[-30:]}"

@@ -1,41 +1,28 @@
-"""The morning report of a night: gathers the ledger's rows; the page and the figures are `evals`'."""
+"""The morning report of a night: gathers the ledger's rows for a reader; shape, page and figures are `evals`'."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 
 from evals.gate import GateDecision
-from evals.page import render_page, write_page
-from evals.plot import learning_curve
-from evals.report import Measured, build_report, write_report
+from evals.night_page import render_night
+from evals.night_report import Learned, NightReport, Point, Recipe, Sample, Training, Voice
+from evals.page import write_page
+from evals.report import Gain, Measured, Row, build_report, build_row
 from memory.ledger import Ledger
-from memory.night_records import Evaluation, Night
-from memory.records import FeedbackKind, Trust
+from memory.lineage import feedback_by_id
+from memory.night_records import Evaluation, Generation, Night, NightStatus
+from memory.records import Example, Feedback, FeedbackKind
 
-
-def measured_rows(ledger: Ledger, night_id: str) -> list[Measured]:
-    """A night's champion and candidate, with memory, as the gate compared them."""
-    by_generation: dict[int, list[Evaluation]] = {}
-    for evaluation in ledger.evaluations(night_id=night_id):
-        by_generation.setdefault(evaluation.generation, []).append(evaluation)
-    return [
-        Measured(
-            name=row_name(number, memory=True),
-            held_out=[e for e in found if e.role == "held_out"],
-            controls=[e for e in found if e.role == "control"],
-        )
-        for number, found in sorted(by_generation.items())
-    ]
+SAMPLES = 3
+"""Examples shown of each recipe."""
 
 
 def row_name(generation: int, memory: bool) -> str:
     """`base`, `base+memory`, `gen-1`, `gen-1+memory`, …"""
     return ("base" if generation == 0 else f"gen-{generation}") + ("+memory" if memory else "")
-
-
-def trusted_corrections(ledger: Ledger) -> int:
-    """Corrections that were allowed to teach, over all nights."""
-    return sum(f.kind is FeedbackKind.CORRECTION and f.trust is Trust.TRUSTED for f in ledger.feedback())
 
 
 def decision_of(ledger: Ledger, night_id: str) -> GateDecision | None:
@@ -44,27 +31,202 @@ def decision_of(ledger: Ledger, night_id: str) -> GateDecision | None:
     return GateDecision.model_validate(stage.output) if stage else None
 
 
-def write_night_report(ledger: Ledger, night: Night, folder: Path, model: str) -> Path:
-    """`report.json`, `learning_curve.png` and `report.html` in the night's folder; returns the page's path."""
-    decision = decision_of(ledger, night.id)
-    measured = measured_rows(ledger, night.id)
-    report = build_report(
-        measured,
-        decision=decision.verdict if decision else "not_enough_evidence",
-        reasons=decision.reasons if decision else [],
-        corrections=trusted_corrections(ledger),
-        seconds={s.stage: s.seconds for s in ledger.stages(night.id)},
-        engine="vllm",
+def night_report(ledger: Ledger, night: Night, model: str, *, tenant: str | None = None) -> NightReport:
+    """A night's report for a reader of `tenant`: other tenants' examples are counted and not shown, and authors have
+    no names. None: for the operator, who may see everything."""
+    outputs = {stage.stage: stage.output for stage in ledger.stages(night.id)}
+    gate = decision_of(ledger, night.id)
+    status = night.status
+    if status is NightStatus.RUNNING and "publish" in outputs:
+        # The report is the last stage: the night is as good as over.
+        status = NightStatus.PROMOTED if outputs["publish"]["promoted"] else NightStatus.REJECTED
+    rows, gain = _compared(ledger, night)
+    examples = ledger.examples(night.id)
+    mine = [e for e in examples if tenant is None or e.tenant == tenant]
+    drawn = outputs.get("snapshot", {})
+    since = drawn.get("since_time")
+    learned = Learned(
+        since=datetime.fromisoformat(since) if since else None,
+        runs=drawn.get("runs", 0),
+        feedback=outputs.get("credit", {}).get("trust", {}),
+        voices=_voices(ledger, mine, named=tenant is None),
+        elsewhere=len(examples) - len(mine),
+    )
+    reasons = gate.reasons if gate else night.reasons
+    trained = outputs.get("train")
+    return NightReport(
+        night=night.id,
+        status=status,
         model=model,
+        began=night.created_at,
+        ended=night.ended_at,
+        story=_story(ledger, night, status, gate),
+        decision=gate.verdict if gate else status.value,
+        reasons=reasons,
+        gate=gate,
+        gain=gain,
+        rows=rows,
+        curve=_curve(ledger, night),
+        learned=learned,
+        recipes=_recipes(examples, mine),
+        dropped=outputs.get("dataset", {}).get("dropped", {}),
+        training=_training(trained) if trained else None,
+        seconds={stage.stage: round(stage.seconds, 1) for stage in ledger.stages(night.id)},
     )
-    write_report(report, folder / "report.json")
-    curve = learning_curve(report["rows"], folder / "learning_curve.png", title=f"{night.id}: champion and candidate")
-    page = render_page(
-        report,
-        title="Nightschool: the morning report",
-        intro=[f"Night {night.id}: the champion against tonight's candidate on the same frozen tasks."],
-        curve=curve,
-        decisions=[(night.id, decision)] if decision else [],
-    )
-    write_page(page, folder / "report.html")
+
+
+def write_night_report(ledger: Ledger, night: Night, folder: Path, model: str) -> Path:
+    """The operator's `report.json` and `report.html` in the night's folder; returns the page's path."""
+    report = night_report(ledger, night, model)
+    write_page(report.model_dump_json(indent=2) + "\n", folder / "report.json")
+    write_page(render_night(report), folder / "report.html")
     return folder / "report.html"
+
+
+def _compared(ledger: Ledger, night: Night) -> tuple[list[Row], Gain | None]:
+    """Champion and candidate, with memory, as the gate compared them, and the gain between the two."""
+    by_generation: dict[int, list[Evaluation]] = {}
+    for evaluation in ledger.evaluations(night_id=night.id):
+        by_generation.setdefault(evaluation.generation, []).append(evaluation)
+    wanted = [number for number in sorted(by_generation) if number in _pair(ledger, night)]
+    measured = [_measured(number, by_generation[number]) for number in wanted]
+    if len({frozenset(e.suite_hash for e in m.held_out) for m in measured}) > 1:
+        # A night that was stopped among its evaluations has nothing to compare.
+        return [build_row(m) for m in measured], None
+    report = build_report(measured, decision="", reasons=[], corrections=0, seconds={}, engine="", model="")
+    return report["rows"], report["gain"]
+
+
+def _pair(ledger: Ledger, night: Night) -> set[int]:
+    evaluated = ledger.stage(night.id, "evaluate")
+    if evaluated is not None:
+        return set(evaluated.output["generations"])
+    drawn = ledger.stage(night.id, "snapshot")
+    return {number for number in (drawn and drawn.output["champion"], night.candidate) if number is not None}
+
+
+def _measured(number: int, found: Sequence[Evaluation]) -> Measured:
+    return Measured(
+        name=row_name(number, memory=True),
+        held_out=[e for e in found if e.role == "held_out"],
+        controls=[e for e in found if e.role == "control"],
+    )
+
+
+def _curve(ledger: Ledger, night: Night) -> list[Point]:
+    """Each generation up to this night's, as the night that made it measured it; the base model by the first night."""
+    began = {n.id: n.created_at for n in ledger.nights() if n.created_at <= night.created_at}
+    tonight = {e.suite_hash for e in ledger.evaluations(night_id=night.id) if e.role == "held_out"}
+    points: list[Point] = []
+    for generation in ledger.generations():
+        found = [e for e in ledger.evaluations(generation=generation.number) if e.night_id in began and e.memory]
+        by = _measuring_night(generation, found, began)
+        chosen = [e for e in found if e.night_id == by]
+        held_out = [e for e in chosen if e.role == "held_out"]
+        if not held_out:
+            continue
+        prompts = [o.prompt_tokens for e in held_out for o in e.outcomes if o.prompt_tokens]
+        points.append(
+            Point(
+                generation=generation.number,
+                status=generation.status,
+                row=build_row(_measured(generation.number, chosen)),
+                prompt_tokens=sum(prompts) / len(prompts) if prompts else None,
+                same_tasks={e.suite_hash for e in held_out} == tonight,
+            )
+        )
+    return points
+
+
+def _measuring_night(generation: Generation, found: Sequence[Evaluation], began: dict[str, datetime]) -> str | None:
+    if generation.night_id in {e.night_id for e in found}:
+        return generation.night_id
+    nights = sorted({e.night_id for e in found if e.night_id is not None}, key=lambda id: began[id])
+    return nights[0] if nights else None
+
+
+def _voices(ledger: Ledger, examples: Sequence[Example], *, named: bool) -> list[Voice]:
+    """The authors behind the examples, those with the most first."""
+    words: dict[str, Feedback] = {}
+    for tenant in sorted({e.tenant for e in examples}):
+        ids = {id for e in examples if e.tenant == tenant for id in e.sources}
+        words |= feedback_by_id(ledger.database, ids, tenant=tenant)
+    tenants = {said.tenant for said in words.values()}
+    behind: dict[tuple[str, str], list[int]] = {}
+    for example in examples:
+        said = [words[id] for id in example.sources if id in words]
+        for author in {(word.tenant, word.author) for word in said}:
+            behind.setdefault(author, [0, 0])[0] += 1
+    for word in words.values():
+        behind[word.tenant, word.author][1] += word.kind is FeedbackKind.CORRECTION
+    ordered = sorted(behind.items(), key=lambda item: (-item[1][0], item[0]))
+    voices: list[Voice] = []
+    for number, ((tenant, author), (count, corrections)) in enumerate(ordered, 1):
+        who = f"{author} of {tenant}" if len(tenants) > 1 else author
+        voices.append(Voice(who=who if named else f"author {number}", examples=count, corrections=corrections))
+    return voices
+
+
+def _recipes(examples: Sequence[Example], shown: Sequence[Example]) -> list[Recipe]:
+    recipes: list[Recipe] = []
+    for name in dict.fromkeys(e.recipe for e in examples):
+        everything = [e for e in examples if e.recipe == name]
+        # One with memory in its prompt and one without teach a reader more than two of a kind.
+        mine = [e for e in shown if e.recipe == name]
+        picked = [*[e for e in mine if e.with_memory][:1], *[e for e in mine if not e.with_memory]][:SAMPLES]
+        recipes.append(
+            Recipe(
+                name=name,
+                examples=len(everything),
+                with_memory=sum(e.with_memory for e in everything),
+                samples=[_sample(e) for e in picked],
+            )
+        )
+    return recipes
+
+
+def _sample(example: Example) -> Sample:
+    return Sample(
+        id=example.id,
+        kind=example.kind,
+        workload=example.workload,
+        with_memory=example.with_memory,
+        messages=[m for m in example.messages if m.get("role") != "system"],
+        chosen=example.chosen,
+        rejected=example.rejected,
+    )
+
+
+def _training(output: dict) -> Training:
+    names = ("generation", "tokens", "trained_tokens", "tokens_per_s", "seconds", "losses")
+    figures = {name: output[name] for name in names}
+    return Training(rows=output["sft_rows"], pairs=output["dpo_pairs"], note=output.get("note", ""), **figures)
+
+
+def _story(ledger: Ledger, night: Night, status: NightStatus, gate: GateDecision | None) -> list[str]:
+    """What happened, for somebody who knows no statistics."""
+    drawn = ledger.stage(night.id, "snapshot")
+    champion = drawn.output["champion"] if drawn else ledger.champion().number
+    made, kept = f"Generation {night.candidate}", f"generation {champion} goes on serving"
+    told = {
+        NightStatus.PROMOTED: f"{made} was promoted: it took the place of generation {champion}.",
+        NightStatus.REJECTED: f"{made} was rejected; {kept}.",
+        NightStatus.SKIPPED: f"The night skipped itself; {kept}.",
+        NightStatus.FAILED: f"The night failed; {kept}.",
+        NightStatus.CANCELLED: f"The night was cancelled; {kept}.",
+        NightStatus.RUNNING: f"The night is still running; {kept}.",
+    }[status]
+    story = [told]
+    whole = [row for row in gate.table if row.role == "held_out" and row.workload is None] if gate else []
+    for row in whole:
+        story.append(
+            f"Of {row.n} tasks that neither had been trained on, generation {champion} solved {row.champion} and "
+            f"generation {night.candidate} solved {row.candidate}."
+        )
+    lost = [row for row in gate.table if row.role == "control" and row.state == "lost"] if gate else []
+    story += [f"It lost what it could do before: {r.suite}, {r.champion} to {r.candidate} of {r.n}." for r in lost]
+    for later in ledger.promotions():
+        if night.candidate is not None and later.from_generation == night.candidate:
+            when = f"{later.at:%Y-%m-%d %H:%M} UTC"
+            story.append(f"On {when} generation {later.to_generation} took its place ({later.by}): {later.why}")
+    return story

@@ -17,6 +17,7 @@ from serve import dry_run, promotion
 from serve.api.auth import Caller, Scope, caller_of, requires
 from serve.events import read_events
 from serve.night import NightSchool
+from serve.since import moment
 from serve.stages.dataset import uploaded_examples
 from serve.wiring import Services
 
@@ -104,6 +105,7 @@ class JobRequest(BaseModel):
     seed: int | None = Field(default=None, ge=0, lt=2**31)
     metadata: dict[str, str] | None = Field(default=None, max_length=16)
     recipes: list[str] | None = Field(default=None, min_length=1)
+    since: str | None = Field(default=None, min_length=1, max_length=100)
 
     @model_validator(mode="after")
     def _one_way_to_say_it(self) -> JobRequest:
@@ -111,6 +113,8 @@ class JobRequest(BaseModel):
             raise ValueError("hyperparameters: give them inside method, or without one")
         if self.recipes is not None and self.training_file != LEDGER:
             raise ValueError("recipes: they read the ledger; an uploaded file is trained on as it is")
+        if self.since is not None and self.training_file != LEDGER:
+            raise ValueError("since: it limits what is read of the ledger; an uploaded file is trained on as it is")
         return self
 
     @property
@@ -177,6 +181,8 @@ def _options(services: Services, caller: Caller, body: JobRequest) -> dict[str, 
     for name in ("recipes", "seed", "metadata"):
         if (value := getattr(body, name)) is not None:
             options[name] = value
+    if body.since is not None:
+        options["since"] = moment(body.since, services.ledger).isoformat()
     if body.training_file == LEDGER:
         return options
     stored = files.get(services.ledger.database, body.training_file, tenant=caller.tenant)
@@ -200,13 +206,17 @@ async def create_job(body: JobRequest, request: Request) -> dict[str, Any]:
     return job_object(services, night)
 
 
-def _mine(services: Services, request: Request, job_id: str) -> Night:
+def owned_night(services: Services, caller: Caller, job_id: str) -> Night:
     """The job; one over another tenant's file is not found."""
     night = services.ledger.night(job_id)
     owner = night.options.get("tenant")
-    if owner is not None and owner != caller_of(request).tenant:
+    if owner is not None and owner != caller.tenant:
         return services.ledger.night(f"{job_id} (of your tenant)")
     return night
+
+
+def _mine(services: Services, request: Request, job_id: str) -> Night:
+    return owned_night(services, caller_of(request), job_id)
 
 
 @router.post("/v1/fine_tuning/jobs/estimate")
@@ -215,9 +225,9 @@ async def estimate_job(body: JobRequest, request: Request) -> dict[str, Any]:
     services, _ = _parts(request)
     if body.training_file != LEDGER:
         raise ConfigError("training_file: an estimate is of what the ledger holds; an uploaded file is what it is")
-    if unread := body.model_fields_set - {"model", "training_file", "recipes"}:
+    if unread := body.model_fields_set - {"model", "training_file", "recipes", "since"}:
         raise ConfigError(f"{min(unread)}: an estimate goes by the settings and the last night; leave it out")
-    options = {"recipes": body.recipes} if body.recipes else {}
+    options = await asyncio.to_thread(_options, services, caller_of(request), body)
     return (await asyncio.to_thread(dry_run.estimate, services, options)).model_dump(mode="json")
 
 

@@ -20,12 +20,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from memory.database import Database
 from memory.records import new_id
+from serve import metrics
 from serve.api.auth import Keyring
 from serve.api.errors import BusyError, DrainingError, reply_to
 from serve.api.idempotency import Idempotency
 from serve.settings import ServerConfig
 
-FREE = frozenset({"/healthz", "/readyz", "/docs", "/openapi.json"})
+FREE = frozenset({"/healthz", "/readyz", "/docs", "/openapi.json", "/", "/dashboard"})
 """Paths that need no key and are answered while the service drains."""
 
 UPLOAD = ("POST", "/v1/files")
@@ -46,8 +47,9 @@ def install(app: FastAPI, gate: Gate, keyring: Keyring, database: Database, conf
     """Put the layers around the app; the last one added is the outermost."""
     app.add_middleware(Idempotency, database=database, keep_s=config.idempotency_s)
     app.add_middleware(BodyLimit, body_mb=config.max_body_mb, upload_mb=config.max_upload_mb)
-    app.add_middleware(Admission, keyring=keyring)
+    app.add_middleware(Admission, keyring=keyring, open_metrics=config.open_metrics)
     app.add_middleware(Envelope, gate=gate)
+    app.add_middleware(metrics.Metered)
 
 
 class Envelope:
@@ -110,13 +112,14 @@ class _Usage:
 class Admission:
     """Knows the caller, and holds each key to its requests per minute and its requests at once."""
 
-    def __init__(self, app: ASGIApp, keyring: Keyring) -> None:
+    def __init__(self, app: ASGIApp, keyring: Keyring, open_metrics: bool = False) -> None:
         self._app = app
         self._keyring = keyring
+        self._open_metrics = open_metrics
         self._usage: dict[str, _Usage] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in FREE:
+        if scope["type"] != "http" or scope["path"] in FREE or metrics.is_open(scope, self._open_metrics):
             await self._app(scope, receive, send)
             return
         caller = await self._keyring.caller(Headers(scope=scope).get("authorization"))

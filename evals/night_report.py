@@ -1,0 +1,116 @@
+"""The morning report of a night as data: what was learned from whom, what it cost, what was decided and why.
+
+Owns the shape. The page is `evals.night_page`; the ledger's rows are gathered by `serve.reports`.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Literal
+
+from pydantic import BaseModel
+
+from evals.gate import GateDecision
+from evals.report import Gain, Row
+from memory.night_records import GenerationStatus, NightStatus
+from memory.records import ExampleKind, Message
+
+
+class Voice(BaseModel):
+    """Somebody whose words the night learned from."""
+
+    who: str
+    """The author; "author N" where the reader may not know names."""
+    examples: int
+    corrections: int
+
+
+class Learned(BaseModel):
+    """What the night learned from. Counts are of everybody; voices are of those whom the reader may know of."""
+
+    since: datetime | None
+    """The moment that the night was narrowed to."""
+    runs: int
+    feedback: dict[str, int]
+    """Judged that night, by trust."""
+    voices: list[Voice]
+    elsewhere: int
+    """Examples of tenants that the reader may not see."""
+
+
+class Sample(BaseModel):
+    """A training example without its system prompt."""
+
+    id: str
+    kind: ExampleKind
+    workload: str
+    with_memory: bool
+    messages: list[Message]
+    chosen: list[Message] | None
+    rejected: list[Message] | None
+
+
+class Recipe(BaseModel):
+    """What a recipe contributed."""
+
+    name: str
+    examples: int
+    with_memory: int
+    samples: list[Sample]
+
+
+class Training(BaseModel):
+    """The trainer's figures."""
+
+    generation: int
+    rows: int
+    pairs: int
+    tokens: int
+    trained_tokens: int
+    """Those that the loss fell on."""
+    tokens_per_s: float
+    seconds: float
+    note: str
+    losses: dict[str, list[float]]
+    """One figure a step, by phase."""
+
+
+class Point(BaseModel):
+    """A generation on the learning curve."""
+
+    generation: int
+    status: GenerationStatus
+    row: Row
+    prompt_tokens: float | None
+    """Mean of a held-out task; None where it was not counted."""
+    same_tasks: bool
+    """Whether it was measured on the tasks of this night."""
+
+
+class NightReport(BaseModel):
+    """A night, told in the morning."""
+
+    object: Literal["night.report"] = "night.report"
+    night: str
+    status: NightStatus
+    model: str
+    began: datetime
+    ended: datetime | None
+    story: list[str]
+    """The outcome in plain words, the most important sentence first."""
+    decision: str
+    """The gate's verdict, or the night's status where the gate was not asked."""
+    reasons: list[str]
+    gate: GateDecision | None
+    gain: Gain | None
+    rows: list[Row]
+    """Champion and candidate as the gate compared them."""
+    curve: list[Point]
+    """All generations up to this night's."""
+    learned: Learned
+    recipes: list[Recipe]
+    dropped: dict[str, int]
+    """Reason -> examples left out."""
+    training: Training | None
+    seconds: dict[str, float]
+    """By stage."""

@@ -1,0 +1,184 @@
+"""What Prometheus is told: requests, runs and tokens of this process, and how service, engine and night stand now.
+
+Labels are routes, numbers and our own words: never a tenant, a user, a key or a text.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from starlette.datastructures import Headers
+from starlette.routing import Match
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from memory.night_records import Night, NightStatus
+from memory.records import Purpose, Trajectory
+from serve.events import read_events
+from serve.stages import STAGES
+from serve.wiring import Services
+
+COUNTED = CollectorRegistry()
+"""Of the process since its start, whatever service runs in it."""
+
+REQUESTS = Counter(
+    "nightschool_requests", "Requests by route and status.", ["method", "route", "status"], registry=COUNTED
+)
+LATENCY = Histogram(
+    "nightschool_request_seconds",
+    "From a request's arrival to its reply's last byte.",
+    ["method", "route"],
+    registry=COUNTED,
+    buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300),
+)
+RUNS = Counter(
+    "nightschool_runs",
+    "Runs by outcome, by who ran them (own, teacher) and by the generation that was asked.",
+    ["generation", "outcome", "by"],
+    registry=COUNTED,
+)
+TOKENS = Counter("nightschool_tokens", "Tokens of those runs.", ["kind"], registry=COUNTED)
+RECALLED = Counter("nightschool_recalled_items", "Memory items shown to runs, by kind.", ["kind"], registry=COUNTED)
+RECALLING = Counter("nightschool_runs_with_recall", "Runs that were shown something from memory.", registry=COUNTED)
+
+OTHER = "other"
+"""The route of a request that matches none."""
+
+
+def ran(trajectory: Trajectory) -> None:
+    """Count a run that was committed."""
+    judged = trajectory.outcome is not None
+    outcome = "success" if trajectory.success else "failure" if judged else "unjudged"
+    by = "teacher" if trajectory.purpose is Purpose.TEACHER else "own"
+    RUNS.labels(str(trajectory.generation), outcome, by).inc()
+    own = trajectory.steps[trajectory.inherited_steps :]
+    TOKENS.labels("prompt").inc(sum(step.prompt_tokens or 0 for step in own))
+    TOKENS.labels("completion").inc(sum(step.completion_tokens or 0 for step in own))
+    shown = [item for item in trajectory.recalled if not item.withheld]
+    for item in shown:
+        RECALLED.labels(item.kind.value).inc()
+    if shown:
+        RECALLING.inc()
+
+
+class Metered:
+    """Counts every request and times it; the outermost layer, so that refusals are counted too."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started, status = time.perf_counter(), 500
+
+        async def seen(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, seen)
+        finally:
+            method, route = _named(scope)
+            REQUESTS.labels(method, route, str(status)).inc()
+            LATENCY.labels(method, route).observe(time.perf_counter() - started)
+
+
+def _named(scope: Scope) -> tuple[str, str]:
+    """Method and route as the app declares them: what a client makes up must not become a label."""
+    route = scope.get("route")
+    if route is None and "app" in scope:
+        routes = scope["app"].router.routes
+        route = next((r for r in routes if r.matches(scope)[0] is Match.FULL), None)
+    path = getattr(route, "path", OTHER)
+    return (scope["method"] if path != OTHER else OTHER), path
+
+
+def exposition(services: Services, state: Any) -> bytes:
+    """The text that Prometheus scrapes; `state` is the app's."""
+    now = CollectorRegistry()
+    now.register(_Standing(services, state))  # pyright: ignore[reportArgumentType]
+    return generate_latest(COUNTED) + generate_latest(now)
+
+
+class _Standing:
+    """How things are at this moment, as a collector."""
+
+    def __init__(self, services: Services, state: Any) -> None:
+        self._services = services
+        self._state = state
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        services, ledger = self._services, self._services.ledger
+        limit = services.settings.server.max_concurrent
+        inside = self._state.turnstile.inside
+        yield _gauge("requests_inside", "Requests being answered.", self._state.gate.inside)
+        yield _gauge("runs_going_on", "Agent runs that have a place.", min(inside, limit))
+        yield _gauge("runs_waiting", "Agent runs that wait for a place.", max(0, inside - limit))
+        yield _gauge("engine_ready", "Whether the engine answers.", services.engine.status == "ready")
+        yield _gauge("engine_swapping", "Whether an adapter is being loaded.", services.residency.swapping)
+        yield _gauge("index_ready", "Whether memory's index is whole.", services.index.state.startswith("ready"))
+        yield _gauge("memory_items_active", "Items that can be recalled.", ledger.count_active())
+        yield _gauge("champion_generation", "The generation that serves.", ledger.serving().number)
+        nights = ledger.nights()
+        family = GaugeMetricFamily("nightschool_nights", "Nights by how they ended.", labels=["status"])
+        for status in NightStatus:
+            family.add_metric([status.value], sum(night.status is status for night in nights))
+        yield family
+        running = next((night for night in reversed(nights) if night.status is NightStatus.RUNNING), None)
+        yield _gauge("night_running", "Whether a night is going on.", running is not None)
+        if running is not None:
+            yield from self._night(running)
+
+    def _night(self, night: Night) -> Iterator[GaugeMetricFamily]:
+        told = standing(read_events(self._services.settings.night_dir(night.id)))
+        family = GaugeMetricFamily("nightschool_night_stage", "The stage a night is in.", labels=["stage"])
+        for stage in STAGES:
+            family.add_metric([stage], stage == told.get("stage"))
+        yield family
+        for name, what in FIGURES.items():
+            if name in told:
+                yield _gauge(f"night_{name}", what, told[name])
+
+
+FIGURES = {
+    "step": "Training steps done.",
+    "steps": "Training steps planned.",
+    "loss": "The last training step's loss.",
+    "tokens": "Tokens trained on.",
+    "tokens_per_s": "The trainer's pace.",
+    "eta_s": "Seconds of training left.",
+}
+
+
+def standing(events: list[dict[str, Any]]) -> dict[str, Any]:
+    """Where a night is by its events: its `stage`, and the newest of each of `FIGURES`."""
+    told: dict[str, Any] = {}
+    for event in events:
+        told["stage"] = event["stage"]
+        known = {name: event["data"].get(name) for name in FIGURES}
+        told |= {name: value for name, value in known.items() if value is not None}
+    return told
+
+
+def _gauge(name: str, what: str, value: float) -> GaugeMetricFamily:
+    return GaugeMetricFamily(f"nightschool_{name}", what, value=float(value))
+
+
+def is_open(scope: Scope, allowed: bool) -> bool:
+    """Whether this is a scrape that needs no key: allowed by the settings, and straight from this machine.
+
+    A request that a proxy passed on came from elsewhere, whatever its socket says.
+    """
+    if not allowed or scope["path"] != "/metrics":
+        return False
+    headers = Headers(scope=scope)
+    host = (scope.get("client") or ("",))[0]
+    forwarded = any(name in headers for name in ("x-forwarded-for", "forwarded", "x-real-ip"))
+    return host in ("127.0.0.1", "::1") and not forwarded
