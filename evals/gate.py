@@ -25,9 +25,10 @@ The rule, with the defaults:
    that much: it is listed as blind and counts for nothing. At least one control must see.
 4. Drift. Small losses, each within its margin, add up over nights. Given generation 0's evaluation of
    a control suite, the candidate's net loss against it may not exceed the margin either.
-5. Length, when `length_factor` is set: the median answer on a control suite may not grow or shrink by
-   more than that factor, in characters. A `contains` verifier is easily pleased by an adapter that
-   rambles, or says one word.
+5. Length, in characters: on a control suite with a length factor the median answer may not grow or shrink
+   by more than that; on a held-out suite with one it may not grow so much. A `contains` verifier is easily
+   pleased by an adapter that rambles, names everything, or says one word. Held-out answers that grow
+   fourfold without a factor of their own are told, and do not decide: there they may have had to.
 """
 
 from __future__ import annotations
@@ -46,6 +47,9 @@ Verdict = Literal["promote", "reject", "not_enough_evidence"]
 Pair = tuple[Evaluation, Evaluation]
 """The champion's and the candidate's evaluation of one suite."""
 
+GREW = 4.0
+"""Held-out answers that grew by more are told, where their suite has no factor of its own."""
+
 
 class GateConfig(BaseModel):
     """What counts as better, and how much may be lost elsewhere."""
@@ -60,19 +64,26 @@ class GateConfig(BaseModel):
     """A smaller control suite cannot clear a candidate; it can still convict one."""
     control_margin: float = Field(default=0.10, ge=0.0, lt=1.0)
     """Largest net loss of success allowed on a control suite, in 0..1."""
-    control_margins: dict[str, float] = Field(default_factory=dict)
-    """Margins of single suites by name."""
+    control_margins: dict[str, float] = Field(default={"refusals": 0.25})
+    """Margins of single suites by name. Of twelve requests that a small model mostly misjudges, one that changes
+    sides says nothing: this suite is there for the adapter that refuses everything, or nothing any more."""
     control_slack: float = Field(default=2.5, ge=1.0)
     """A loss of this many margins must be implausible."""
     length_factor: float | None = Field(default=None, gt=1.0)
-    """How many times longer or shorter the median control answer may become; None: not judged. Leave it off
-    where a suite's answers are actions, which learning to act shortens rightly."""
+    """How many times longer or shorter the median answer to any control may become; None: not judged. Leave it
+    off where a suite's answers are actions, which learning to act shortens rightly."""
+    length_factors: dict[str, float] = Field(default={"chat": 3.0})
+    """Length factors of single suites by name, held-out ones too."""
     require_controls: bool = True
     """Without a control suite that can show a loss nothing is promoted."""
 
     def margin(self, suite: str) -> float:
         """The margin of a control suite, in 0..1."""
         return self.control_margins.get(suite, self.control_margin)
+
+    def longest(self, suite: str, role: str) -> float | None:
+        """The length factor of a suite; None: its answers may be as long as they like."""
+        return self.length_factors.get(suite, self.length_factor if role == "control" else None)
 
 
 class GateRow(BaseModel):
@@ -101,13 +112,15 @@ class GateRow(BaseModel):
 
 
 class LengthRow(BaseModel):
-    """Median length of the answers to one control suite, in characters; no answer counts 0."""
+    """Median length of the answers to one suite, in characters; no answer counts 0."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     suite: str
     champion: float
     candidate: float
+    factor: float | None = None
+    """How many times longer or shorter it may become; None: not judged."""
     drifted: bool
 
 
@@ -150,16 +163,11 @@ def decide(
     drifts = [_judge_drift(*found, config) for found in _with_base(controls, base)]
     if any(row.state == "lost" for row, _ in drifts):
         verdicts.append("reject")
-    lengths = [] if config.length_factor is None else [_length(pair, config.length_factor) for pair in controls]
-    if any(row.drifted for row in lengths):
-        verdicts.append("reject")
     reasons += [reason for _, reason in drifts]
-    reasons += [
-        f"Control {row.suite!r}: the median answer went from {row.champion:.0f} to {row.candidate:.0f} characters, "
-        f"more than {config.length_factor:g}-fold."
-        for row in lengths
-        if row.drifted
-    ]
+    lengths = [_length(pair, config) for pair in [*held_out, *controls]]
+    if any(row.drifted and row.factor is not None for row in lengths):
+        verdicts.append("reject")
+    reasons += [_length_told(row) for row in lengths if row.drifted]
     order: list[Verdict] = ["reject", "not_enough_evidence", "promote"]
     return GateDecision(
         verdict=min(verdicts, key=order.index),
@@ -284,11 +292,24 @@ def _judge_drift(first: Evaluation, candidate: Evaluation, config: GateConfig) -
     return row.model_copy(update={"state": "lost" if lost else "held"}), f"{told}: {why} the {margin:.0f} points."
 
 
-def _length(pair: Pair, factor: float) -> LengthRow:
+def _length(pair: Pair, config: GateConfig) -> LengthRow:
+    suite, role = pair[0].suite, pair[0].role
     of = [median([len((o.answer or "").strip()) for o in e.outcomes]) if e.outcomes else 0.0 for e in pair]
     # Two answers of a word or two differ by any factor and by nothing that matters.
-    short, long = (max(length, 10.0) for length in sorted(of))
-    return LengthRow(suite=pair[0].suite, champion=of[0], candidate=of[1], drifted=long > factor * short)
+    before, after = (max(length, 10.0) for length in of)
+    factor = config.longest(suite, role)
+    if role == "held_out":
+        drifted = after > (factor or GREW) * before
+    else:
+        drifted = factor is not None and max(before, after) > factor * min(before, after)
+    return LengthRow(suite=suite, champion=of[0], candidate=of[1], factor=factor, drifted=drifted)
+
+
+def _length_told(row: LengthRow) -> str:
+    told = f"On {row.suite!r} the median answer went from {row.champion:.0f} to {row.candidate:.0f} characters"
+    if row.factor is None:
+        return f"Warning: {told}: see whether it says more, or only hedges."
+    return f"{told}, more than {row.factor:g}-fold."
 
 
 def _workload_rows(evaluations: Sequence[Pair], config: GateConfig) -> list[GateRow]:
