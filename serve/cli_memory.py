@@ -356,7 +356,8 @@ def _own_index(settings: Settings) -> Iterator[Index]:
     from memory.embed import load_embedder
     from memory.index import Index
 
-    index = Index.open(settings.data_dir / "index", load_embedder(settings.embedder, settings.data_dir / "embedder"))
+    embedder = load_embedder(settings.embedder, settings.data_dir / "embedder")
+    index = Index.open(settings.data_dir / "index", embedder, chroma=settings.chroma)
     try:
         yield index
     finally:

@@ -18,10 +18,14 @@ from agent.state import AgentConfig
 from distill.dataset import DatasetConfig
 from distill.train.config import TrainConfig
 from evals.gate import GateConfig
+from evals.live import WatchConfig
+from memory.chroma import ChromaConfig
 from memory.errors import ConfigError
 from memory.life import LifeConfig
+from memory.reading import KnowledgeConfig
 from memory.recall import RecallConfig
 from serve.engine import EngineConfig
+from serve.escalation import TeacherConfig
 from serve.schedule import check
 
 TOML_FILE = "nightschool.toml"
@@ -39,6 +43,7 @@ class ServerConfig(BaseModel):
     keys: bool = Field(default=True, description="an API key with every request; false only on loopback")
     idempotency_s: int = Field(default=86_400, ge=1, description="how long an Idempotency-Key stands for its reply")
     max_body_mb: int = Field(default=32, ge=1, description="larger request bodies get 413")
+    open_metrics: bool = Field(default=False, description="GET /metrics from this machine needs no key")
     max_upload_mb: int = Field(default=512, ge=1, description="the same for uploaded files")
 
 
@@ -63,6 +68,10 @@ class NightConfig(BaseModel):
     replay_share: float = Field(
         default=0.5, ge=0, le=4, description="earlier nights' examples per new one, when starting from the champion"
     )
+    replay_schedule: Literal["fixed", "retention"] = Field(
+        default="fixed",
+        description="retention: more replay for a workload on which the champion lost success against an earlier one",
+    )
     rehearsal: int = Field(
         default=32,
         ge=0,
@@ -73,7 +82,19 @@ class NightConfig(BaseModel):
     held_out_share: float = Field(
         default=0.2, ge=0, le=0.9, description="share of judged tasks kept for the gate when no suite file is given"
     )
+    controls: list[Literal["chat", "tool_validity", "refusals", "other_families"]] = Field(
+        default=["chat", "tool_validity", "refusals"],
+        description="control suites where data_dir/suites holds none; other_families: 24 more tasks in four turns",
+    )
+    triggers: bool = Field(default=True, description="a control for phrases that tonight's examples answer too alike")
     concurrency: int = Field(default=32, ge=1, description="evaluation runs at once")
+    max_seconds: float | None = Field(
+        default=None, gt=0, description="time for a night: training is cut to fit, evaluation never"
+    )
+    max_tokens: int | None = Field(default=None, ge=1, description="tokens trained on in a night, all epochs together")
+    practice: int = Field(default=0, ge=0, description="earlier tasks that the champion tries again in one night")
+    practice_samples: int = Field(default=4, ge=2, le=64, description="tries of each")
+    practice_temperature: float = Field(default=0.8, gt=0, le=2, description="of those tries: equal ones teach nothing")
     schedule: Annotated[str, AfterValidator(check)] | None = Field(
         default=None, description="cron expression, local time ('0 2 * * *'): the service begins a night then"
     )
@@ -102,15 +123,19 @@ class Settings(BaseSettings):
     engine: EngineConfig = Field(default_factory=EngineConfig)
     agent: AgentConfig = Field(default_factory=AgentConfig)
     llm: LLMConfig = Field(default_factory=LLMConfig)
+    chroma: ChromaConfig = Field(default_factory=ChromaConfig)
     recall: RecallConfig = Field(default_factory=RecallConfig)
     life: LifeConfig = Field(default_factory=LifeConfig)
+    knowledge: KnowledgeConfig = Field(default_factory=KnowledgeConfig)
     batch: BatchConfig = Field(default_factory=BatchConfig)
+    teacher: TeacherConfig = Field(default_factory=TeacherConfig)
     night: NightConfig = Field(default_factory=NightConfig)
     dataset: DatasetConfig = Field(default_factory=DatasetConfig)
     # In the spike DPO after SFT lowered held-out success, so it is off until an ablation favours it.
     train: TrainConfig = Field(default=TrainConfig(dpo_epochs=0))
     trainer_python: Path = Field(default=Path(sys.executable), description="interpreter with torch, TRL and PEFT")
     gate: GateConfig = Field(default_factory=GateConfig)
+    watch: WatchConfig = Field(default_factory=WatchConfig)
 
     @classmethod
     def settings_customise_sources(

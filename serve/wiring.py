@@ -26,11 +26,14 @@ from memory.errors import ConfigError, ConflictError, LedgerError, boundary
 from memory.index import Index
 from memory.indexer import Indexer
 from memory.ledger import Ledger
+from memory.library import Documents
 from memory.recall import Memory
 from memory.records import Task
+from memory.search import by_index
 from serve import promotion
 from serve.adapters import Residency
 from serve.engine import Engine
+from serve.escalation import Teacher, make_teacher
 from serve.models import ensure_model
 from serve.settings import Settings
 
@@ -52,6 +55,7 @@ class Services:
     deps: AgentDeps
     loop: asyncio.AbstractEventLoop
     base_model: Path
+    teacher: Teacher | None = None
 
 
 def open_ledger(settings: Settings) -> Ledger:
@@ -83,14 +87,21 @@ async def build(settings: Settings, on_event: Callable[[str], None] = lambda _: 
         promotion.ensure_base(ledger, settings.model)
         load = partial(load_embedder, cache_dir=settings.data_dir / "embedder")
         embedder = await asyncio.to_thread(load, settings.embedder)
-        index = await asyncio.to_thread(Index.open, settings.data_dir / "index", embedder, load)
+        index = await asyncio.to_thread(Index.open, settings.data_dir / "index", embedder, load, settings.chroma)
         stack.callback(index.close)
         indexer = Indexer(ledger, index)
         indexer.start()
         stack.callback(indexer.close)
         memory = Memory(ledger, index, settings.recall, embedder)
+        teacher = make_teacher(settings.teacher, ledger, embedder)
         engine = Engine(settings.engine, model=base, data_dir=settings.data_dir)
-        residency = Residency(engine, settings.adapters_dir, max_loras=settings.engine.max_loras)
+        residency = Residency(
+            engine,
+            settings.adapters_dir,
+            max_loras=settings.engine.max_loras,
+            tolerance=settings.engine.proof_tolerance,
+        )
+        promotion.expect_serving(ledger, residency)
         engine.on_ready = residency.restore
         await engine.start()
         stack.push_async_callback(engine.stop)
@@ -100,11 +111,15 @@ async def build(settings: Settings, on_event: Callable[[str], None] = lambda _: 
         deps = AgentDeps(
             llm=llm,
             recaller=memory,
+            library=Documents(ledger.database, by_index(ledger, index), settings.knowledge),
             config=settings.agent,
             checkpointer=checkpointer,
             withhold_share=settings.recall.withhold_share,
         )
-        yield Services(settings, ledger, index, memory, engine, residency, llm, deps, asyncio.get_running_loop(), base)
+        loop = asyncio.get_running_loop()
+        if teacher is not None:
+            stack.callback(asyncio.create_task(teacher.warm()).cancel)
+        yield Services(settings, ledger, index, memory, engine, residency, llm, deps, loop, base, teacher)
 
 
 @asynccontextmanager

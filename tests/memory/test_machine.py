@@ -224,14 +224,14 @@ class Memory(RuleBasedStateMachine):
         self.index.close()
         embedder = self.index.embedder
         # The child that tries the folder first takes seconds; torn folders have tests of their own.
-        import memory.index
+        import memory.chroma
 
-        probe = memory.index._move_aside_if_broken
-        memory.index._move_aside_if_broken = lambda _: None
+        probe = memory.chroma.move_aside_if_broken
+        memory.chroma.move_aside_if_broken = lambda _: None
         try:
             self.index = Index.open(self.home / "index", embedder)
         finally:
-            memory.index._move_aside_if_broken = probe
+            memory.chroma.move_aside_if_broken = probe
 
 
 Memory.TestCase.settings = settings(

@@ -1,0 +1,255 @@
+"""Where the index's Chroma is: a folder that this process owns, or a server that several may share.
+
+Owns opening either safely, and the files of the folder. Owns no vectors and no builds (`memory.index`).
+
+- One process owns the folder (a lock file), also with a server: Chroma shows a second process stale data or worse.
+- A torn folder can crash a process that reads it, so a child process reads all of it first. One that fails is moved
+  aside (`FOLDER.broken-…`).
+- A server is opt-in: the embedded Chroma has no port that anybody could reach.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import shutil
+import sqlite3
+import subprocess
+import sys
+import time
+from contextlib import closing
+from pathlib import Path
+from typing import IO, Any, Protocol
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from memory.errors import ConfigError, IndexUnavailableError
+
+log = logging.getLogger(__name__)
+
+PROBE_SECONDS = 120.0
+PROBE = """
+import sys
+import chromadb
+import numpy as np
+from chromadb.config import Settings
+client = chromadb.PersistentClient(sys.argv[1], settings=Settings(anonymized_telemetry=False))
+for collection in client.list_collections():
+    count = collection.count()
+    for start in range(0, count, 1000):
+        vectors = np.array(collection.get(limit=1000, offset=start, include=["embeddings"])["embeddings"])
+        if not np.allclose(np.linalg.norm(vectors, axis=1), 1.0, atol=1e-3):
+            raise ValueError("vectors are not what was written")
+    if count:
+        found = collection.query(query_embeddings=vectors[:1], n_results=count, include=["distances"])
+        if len(found["ids"][0]) < count // 2:
+            raise ValueError("most vectors cannot be reached")
+"""
+"""Reads every vector and walks the whole graph: opening alone loads neither, and a torn one crashes its reader."""
+
+FIRST_OPEN, LAST_OPEN = (1, 0, 0), (1, 5, 9)
+"""Versions whose Python server runs code of whoever reaches its port, before it asks who that is."""
+
+
+class ChromaConfig(BaseModel):
+    """Which Chroma holds the index."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    url: str | None = Field(
+        default=None,
+        description="a Chroma server (http://HOST:PORT) instead of the folder; let nobody but this service reach it",
+    )
+    database: str = Field(
+        default="nightschool", min_length=3, max_length=60, description="on that server; no other installation's"
+    )
+
+
+class Place(Protocol):
+    """Where Chroma's collections are."""
+
+    def connect(self) -> Any:
+        """A client."""
+        ...
+
+    def probe(self) -> Path | None:
+        """Before the first `connect`: where what could not be read was moved; None when all is well."""
+        ...
+
+    def put_aside(self) -> Path | None:
+        """After a fault: make room for a new start; where the old files went."""
+        ...
+
+    def sweep(self) -> None:
+        """After collections were deleted: what they left behind goes too."""
+        ...
+
+    def wipe(self) -> None:
+        """No trace of what was deleted is left, as far as this process can see to it."""
+        ...
+
+
+def place_of(folder: Path, config: ChromaConfig) -> Place:
+    """The folder, or the server of the configuration."""
+    return Embedded(folder) if config.url is None else Remote(config.url, config.database)
+
+
+class Embedded:
+    """A folder, read by this process only."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def connect(self) -> Any:
+        """Opens or creates the folder."""
+        import chromadb
+        from chromadb.config import Settings
+
+        return chromadb.PersistentClient(str(self._folder), settings=Settings(anonymized_telemetry=False))
+
+    def probe(self) -> Path | None:
+        """A child process reads it first."""
+        return move_aside_if_broken(self._folder)
+
+    def put_aside(self) -> Path | None:
+        """Moves the folder out of the way."""
+        if not self._folder.exists():
+            return None
+        aside = _aside(self._folder)
+        self._folder.rename(aside)
+        return aside
+
+    def sweep(self) -> None:
+        """Remove the vector files that Chroma leaves behind when it deletes a collection."""
+        # Listed first: a folder that is in use has had its row before it came to be.
+        present = [path for path in self._folder.iterdir() if path.is_dir()]
+        with closing(sqlite3.connect(f"file:{self._folder / 'chroma.sqlite3'}?mode=ro", uri=True)) as connection:
+            living = {row[0] for row in connection.execute("SELECT id FROM segments")}
+        for path in present:
+            if path.name not in living:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def wipe(self) -> None:
+        """Write Chroma's database anew: its free pages keep the ids and vectors of what was deleted or forgotten."""
+        try:
+            database = self._folder / "chroma.sqlite3"
+            with closing(sqlite3.connect(database, timeout=15, isolation_level=None)) as connection:
+                connection.execute("VACUUM")
+        except sqlite3.Error as exc:
+            log.warning("the index %s keeps free pages until it is made anew: %s", self._folder, exc)
+
+
+class Remote:
+    """A database of its own on a Chroma server. Its files, backups and free pages are the server's."""
+
+    def __init__(self, url: str, database: str) -> None:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ConfigError(f"chroma.url {url!r} is no address of a server: write http://HOST:PORT")
+        self._url, self._database = url, database
+        self._host, self._ssl = parts.hostname, parts.scheme == "https"
+        self._port = parts.port or (443 if self._ssl else 8000)
+
+    def connect(self) -> Any:
+        """Connects, makes the database on first use, and says what speaks against a server."""
+        import chromadb
+        from chromadb.config import Settings
+        from chromadb.errors import NotFoundError
+
+        where: dict[str, Any] = {
+            "chroma_server_host": self._host,
+            "chroma_server_http_port": self._port,
+            "chroma_server_ssl_enabled": self._ssl,
+            "anonymized_telemetry": False,
+        }
+        try:
+            admin = chromadb.AdminClient(Settings(chroma_api_impl="chromadb.api.fastapi.FastAPI", **where))
+            try:
+                admin.get_database(self._database)
+            except NotFoundError:
+                admin.create_database(self._database)
+            settings = Settings(anonymized_telemetry=False)
+            client = chromadb.HttpClient(
+                host=self._host, port=self._port, ssl=self._ssl, database=self._database, settings=settings
+            )
+            warn(self._url, str(client.get_version()))
+        except Exception as exc:
+            said = " ".join(str(exc).split())[:200]
+            raise IndexUnavailableError(f"the Chroma server {self._url} cannot be used: {said}") from exc
+        return client
+
+    def probe(self) -> Path | None:
+        """The server's own business."""
+        return None
+
+    def put_aside(self) -> Path | None:
+        """Nothing: the next build drops what is there."""
+        return None
+
+    def sweep(self) -> None:
+        """Nothing."""
+
+    def wipe(self) -> None:
+        """Nothing that a client could do."""
+
+
+def warn(url: str, version: str) -> None:
+    """Say what a remote Chroma costs in safety, and louder for versions that anybody can take over."""
+    log.warning(
+        "the index is on the Chroma server %s (%s): whoever reaches it can read and change what is near to what; "
+        "what is forgotten leaves its collections, while its files and backups are its owner's to clean",
+        url,
+        version,
+    )
+    numbers = tuple(int(part) for part in version.split(".")[:3] if part.isdigit())
+    if FIRST_OPEN <= numbers <= LAST_OPEN:
+        log.warning(
+            "Chroma %s: the Python server of versions 1.0.0 to 1.5.9 runs code of anybody who reaches its port, "
+            "without a key: let nobody but this service reach it, or use a newer one",
+            version,
+        )
+
+
+def own(folder: Path) -> IO[str]:
+    """Take the folder's lock, which ends with the process; the lock file is beside the folder."""
+    import fcntl
+
+    lock = folder.with_name(f"{folder.name}.lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as exc:
+        lock.close()
+        raise IndexUnavailableError(
+            f"the index {folder} is open already, here or in another process: close that one first"
+        ) from exc
+    return lock
+
+
+def move_aside_if_broken(folder: Path) -> Path | None:
+    """Try the folder in a child process; returns where a broken one went."""
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return None
+    command = [sys.executable, "-c", PROBE, str(folder)]
+    environment = {**os.environ, "ANONYMIZED_TELEMETRY": "False"}
+    try:
+        child = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_SECONDS, env=environment)
+    except subprocess.TimeoutExpired:
+        reason = f"did not open within {PROBE_SECONDS:g} s"
+    else:
+        if child.returncode == 0:
+            return None
+        said = child.stderr.strip().splitlines()
+        reason = f"exit code {child.returncode}" + (f", {said[-1]}" if said else "")
+    aside = _aside(folder)
+    folder.rename(aside)
+    log.warning("the index %s is broken (%s): moved to %s, a new one is built from the ledger", folder, reason, aside)
+    return aside
+
+
+def _aside(folder: Path) -> Path:
+    """Where a broken folder goes. Only the last one is kept: it is for looking at, and nothing is lost with it."""
+    for former in folder.parent.glob(f"{folder.name}.broken-*"):
+        shutil.rmtree(former, ignore_errors=True)
+    return folder.with_name(f"{folder.name}.broken-{time.strftime('%Y%m%dT%H%M%S')}-{secrets.token_hex(3)}")
