@@ -94,7 +94,8 @@ def _named(scope: Scope) -> tuple[str, str]:
     """Method and route as the app declares them: what a client makes up must not become a label."""
     route = scope.get("route")
     if route is None and "app" in scope:
-        routes = scope["app"].router.routes
+        # Refused before it was routed.
+        routes = scope["app"].state.routes
         route = next((r for r in routes if r.matches(scope)[0] is Match.FULL), None)
     path = getattr(route, "path", OTHER)
     return (scope["method"] if path != OTHER else OTHER), path

@@ -1,7 +1,8 @@
 """Nights by the clock: at the times of a cron expression a night begins, unless one is running.
 
-Owns nothing durable: the times follow from the settings, the night itself is `serve.night`'s. A time that passed
-while no service ran, or while the machine slept, is not made up.
+Owns nothing durable: the times follow from the settings, the night itself is `serve.night`'s, and whether a time was
+kept is in the ledger: a service that comes up within `LATE` of a time at which no night began, begins it. A time that
+passed longer ago, while no service ran or the machine slept, is not made up.
 """
 
 from __future__ import annotations
@@ -45,17 +46,27 @@ async def keep(
     begin: Callable[[], object],
     clock: Callable[[], datetime] = datetime.now,
     sleep: Callable[[float], Awaitable[Any]] = asyncio.sleep,
+    last: Callable[[], datetime | None] | None = None,
 ) -> None:
-    """Call `begin`, in a thread, at every time of `cron`; until cancelled. What it refuses is logged."""
+    """Call `begin`, in a thread, at every time of `cron`; until cancelled. What it refuses is logged.
+
+    `last`: when the newest night began, on the same clock. Without it the times before the start are over.
+    """
+    # The service may have been killed at the very time, or a moment before it.
+    after = clock() - LATE if last is not None else clock()
+    newest = await asyncio.to_thread(last) if last is not None else None
+    after = max(after, newest) if newest is not None else after
     while True:
-        due = next_time(cron, clock())
+        due = next_time(cron, after)
         while (left := (due - clock()).total_seconds()) > 0:
             await sleep(min(left, LONGEST_NAP_S))
-        if clock() - due > LATE:
+        after = clock()
+        if after - due > LATE:
             log.warning("the night of %s was missed and is not made up", due)
             continue
         try:
             await asyncio.to_thread(begin)
+            log.info("the night of %s began", due)
         except ConflictError as exc:
             log.info("no night at %s: %s", due, exc)
         except NightschoolError as exc:
@@ -63,12 +74,14 @@ async def keep(
 
 
 @asynccontextmanager
-async def kept(cron: str | None, begin: Callable[[], object]) -> AsyncIterator[None]:
+async def kept(
+    cron: str | None, begin: Callable[[], object], last: Callable[[], datetime | None] | None = None
+) -> AsyncIterator[None]:
     """`keep`, for as long as the block lasts; nothing without a schedule."""
     if cron is None:
         yield
         return
-    keeper = asyncio.create_task(keep(cron, begin))
+    keeper = asyncio.create_task(keep(cron, begin, last=last))
     try:
         yield
     finally:

@@ -34,7 +34,9 @@ class Clock:
             raise WoundUpError
 
 
-def begun(cron: str, clock: Clock, refusals: list[Exception] | None = None) -> list[datetime]:
+def begun(
+    cron: str, clock: Clock, refusals: list[Exception] | None = None, last: datetime | None = None
+) -> list[datetime]:
     """When nights were begun until the clock stopped; the first ones are refused as said."""
     times: list[datetime] = []
     refused = list(refusals or [])
@@ -45,7 +47,7 @@ def begun(cron: str, clock: Clock, refusals: list[Exception] | None = None) -> l
             raise refused.pop(0)
 
     with pytest.raises(WoundUpError):
-        asyncio.run(schedule.keep(cron, begin, lambda: clock.now, clock.sleep))
+        asyncio.run(schedule.keep(cron, begin, lambda: clock.now, clock.sleep, lambda: last))
     return times
 
 
@@ -70,6 +72,25 @@ def test_a_time_that_was_missed_by_a_minute_is_kept() -> None:
     asleep = {MIDNIGHT + timedelta(hours=1, minutes=59): timedelta(minutes=2)}
     times = begun("0 2 * * *", Clock(MIDNIGHT + timedelta(days=1), asleep))
     assert times == [MIDNIGHT + timedelta(hours=2, minutes=1)]
+
+
+@pytest.mark.parametrize(
+    ("began_before", "kept"),
+    [(None, True), (timedelta(days=1), True), (timedelta(minutes=2), False), (timedelta(minutes=1), False)],
+)
+def test_a_service_that_was_killed_at_the_time_begins_the_night_once_it_is_back(
+    began_before: timedelta | None, kept: bool
+) -> None:
+    clock = Clock(MIDNIGHT + timedelta(hours=3))
+    clock.now = MIDNIGHT + timedelta(hours=2, minutes=2)
+    times = begun("0 2 * * *", clock, last=clock.now - began_before if began_before else None)
+    assert times == ([MIDNIGHT + timedelta(hours=2, minutes=2)] if kept else [])
+
+
+def test_a_service_that_comes_up_long_after_the_time_waits_for_the_next() -> None:
+    clock = Clock(MIDNIGHT + timedelta(days=1, hours=3))
+    clock.now = MIDNIGHT + timedelta(hours=2, minutes=9)
+    assert begun("0 2 * * *", clock) == [MIDNIGHT + timedelta(days=1, hours=2)]
 
 
 def test_the_schedule_ends_with_the_service() -> None:
