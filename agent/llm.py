@@ -63,6 +63,8 @@ class ChatReply:
     logprobs: list[dict[str, Any]] | None = None
     """OpenAI's entry for each token of the completion, where the sampling asked for them."""
     seconds: float = 0.0
+    cost_usd: float | None = None
+    """What a provider takes for it, where LiteLLM knows the price."""
 
 
 class ChatModel(Protocol):
@@ -93,9 +95,17 @@ class Endpoint(Protocol):
 class LiteLLMModel:
     """A model behind LiteLLM: the engine by default, any other provider by its LiteLLM name."""
 
-    def __init__(self, endpoint: Endpoint | None, config: LLMConfig | None = None) -> None:
+    def __init__(
+        self, endpoint: Endpoint | None, config: LLMConfig | None = None, arguments: dict[str, Any] | None = None
+    ) -> None:
+        """`arguments`: what LiteLLM needs with every call to another provider (`api_base`, `api_key`, …)."""
         self._endpoint = endpoint
         self._config = config or LLMConfig()
+        self._arguments = arguments or {}
+
+    async def warm(self) -> None:
+        """Import LiteLLM, so that no call waits for that."""
+        await asyncio.to_thread(_litellm)
 
     async def complete(self, request: ChatRequest) -> ChatReply:
         started = time.monotonic()
@@ -114,6 +124,7 @@ class LiteLLMModel:
             token_ids=extra.get("token_ids"),
             logprob=_logprob(choice),
             seconds=time.monotonic() - started,
+            cost_usd=None if self._endpoint else _cost(response, request.model),
         )
 
     async def stream(self, request: ChatRequest) -> AsyncIterator[str | ChatReply]:
@@ -146,7 +157,7 @@ class LiteLLMModel:
 
     async def _call(self, request: ChatRequest, *, stream: bool) -> Any:
         litellm = await asyncio.to_thread(_litellm)
-        arguments: dict[str, Any] = {**request.sampling}
+        arguments: dict[str, Any] = {**self._arguments, **request.sampling}
         model = request.model
         if self._endpoint is not None:
             await self._endpoint.wait_ready(self._config.timeout_s)
@@ -227,6 +238,15 @@ def _extra(part: Any) -> dict[str, Any]:
         if value is not None:
             known[name] = value
     return known
+
+
+def _cost(response: Any, model: str) -> float | None:
+    """In dollars by LiteLLM's own price list; None for a model that is not in it."""
+    try:
+        return float(_litellm().completion_cost(completion_response=response, model=model))
+    except Exception:
+        # It raises a bare Exception for a model that it has no price of.
+        return None
 
 
 def _logprob(choice: Any) -> float | None:

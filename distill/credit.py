@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from distill.runs import answer_of, callable_tools, corrected_run
 from distill.snapshot import ANONYMOUS, OPERATOR, judged_blindly, score_of
 from memory.errors import VerifierError
-from memory.records import Feedback, FeedbackKind, Outcome, OutcomeSource, Purpose, Task, Trajectory, Trust
+from memory.records import TEACHING, Feedback, FeedbackKind, Outcome, OutcomeSource, Task, Trajectory, Trust
 
 Verify = Callable[[Task, str], Outcome | None]
 """`agent.verify.verify`: (task, answer) -> how good it is, None when the task has no verifier."""
@@ -59,7 +59,7 @@ def credit(
             judgement = (Trust.QUARANTINED, "its run is not in this snapshot")
         elif trajectory.tenant != said.tenant:
             judgement = (Trust.REJECTED, "it speaks of another tenant's run")
-        elif trajectory.purpose is not Purpose.SERVE:
+        elif trajectory.purpose not in TEACHING:
             judgement = (Trust.REJECTED, "its run is an evaluation, which never teaches")
         else:
             operator = said.author.startswith(OPERATOR) or said.author in operators

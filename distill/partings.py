@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 from distill.runs import action_of, actions_of, attempt_of, by_usefulness, rendered_tools, run_of, task_messages
 from distill.snapshot import Snapshot
@@ -23,7 +24,7 @@ Question = tuple[str, str]
 
 @dataclass(frozen=True)
 class Better:
-    """A better run: which failed run it corrects (None: an own success), its messages, its sources."""
+    """A better run: which failed run it corrects (None: a success, own or a teacher's), its messages, its sources."""
 
     of: str | None
     run: list[Message]
@@ -106,7 +107,7 @@ def _better_runs(snapshot: Snapshot) -> dict[Question, list[Better]]:
     for trajectory, task, feedback, run in snapshot.corrections():
         better = Better(trajectory.id, run, rendered_tools(trajectory), [trajectory.id, feedback.id])
         found[task.tenant, task.fingerprint].append(better)
-    for trajectory, task, _ in snapshot.own_successes():
+    for trajectory, task, _ in chain(snapshot.own_successes(), snapshot.teacher_successes()):
         run = run_of(trajectory, task)
         if run is not None:
             better = Better(None, run, rendered_tools(trajectory), [trajectory.id])

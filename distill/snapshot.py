@@ -15,6 +15,7 @@ from typing import Any
 from distill.near import Questions
 from distill.runs import answer_of, callable_tools, corrected_run, run_of
 from memory.records import (
+    TEACHING,
     Feedback,
     FeedbackKind,
     Message,
@@ -47,6 +48,7 @@ class Snapshot:
     themselves where at hand: they also catch near-duplicates, and join `held_out` by themselves.
     `begun`: runs that ended in a client's tool call. They are no whole runs; what came of them is, in the
     run that continues them. They are taken out of `trajectories`, as is every run that another continues.
+    So are the runs of a teacher, which are nobody's own: `taught`.
     """
 
     trajectories: list[Trajectory]
@@ -56,16 +58,18 @@ class Snapshot:
     seed: int = 0
     held_out_tasks: list[Task] = field(default_factory=list)
     begun: list[Trajectory] = field(default_factory=list)
+    taught: list[Trajectory] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         tenants = {task.id: task.tenant for task in self.tasks.values()}
         serve = {
             t.id: t
-            for t in [*self.begun, *self.trajectories]
-            if t.purpose is Purpose.SERVE and tenants.get(t.task_id, t.tenant) == t.tenant
+            for t in [*self.begun, *self.taught, *self.trajectories]
+            if t.purpose in TEACHING and tenants.get(t.task_id, t.tenant) == t.tenant
         }
         continued = {t.continues for t in serve.values()}
         begun = {id for id, t in serve.items() if t.stop_reason is StopReason.TOOL_CALLS or id in continued}
+        taught = {id for id, t in serve.items() if t.purpose is Purpose.TEACHER}
         trusted = {
             f.id: f
             for f in self.feedback
@@ -74,8 +78,9 @@ class Snapshot:
         held_out_tasks = {t.id: t for t in self.held_out_tasks}
         fingerprints = self.held_out | {t.fingerprint for t in self.held_out_tasks}
         for name, value in (
-            ("trajectories", [serve[id] for id in sorted(serve.keys() - begun)]),
-            ("begun", [serve[id] for id in sorted(begun)]),
+            ("trajectories", [serve[id] for id in sorted(serve.keys() - begun - taught)]),
+            ("begun", [serve[id] for id in sorted(begun - taught)]),
+            ("taught", [serve[id] for id in sorted(taught)]),
             ("feedback", [trusted[id] for id in sorted(trusted)]),
             ("tasks", {id: self.tasks[id] for id in sorted(self.tasks)}),
             ("held_out_tasks", [held_out_tasks[id] for id in sorted(held_out_tasks)]),
@@ -93,7 +98,7 @@ class Snapshot:
 
     def corrections(self, of: Trajectory | None = None) -> Iterator[tuple[Trajectory, Task, Feedback, list[Message]]]:
         """The trusted corrections (of one run), each with the whole run it stands for."""
-        for trajectory in self.trajectories if of is None else [of]:
+        for trajectory in [*self.trajectories, *self.taught] if of is None else [of]:
             task = self.tasks.get(trajectory.task_id)
             if task is None:
                 continue
@@ -120,6 +125,17 @@ class Snapshot:
             by_user = outcome.by is OutcomeSource.USER and self._corroborated(trajectory, task)
             if outcome.success and (outcome.by is OutcomeSource.VERIFIER or by_user):
                 yield trajectory, self._first_task(trajectory, task), outcome
+
+    def teacher_successes(self) -> Iterator[tuple[Trajectory, Task, Outcome]]:
+        """The teacher's runs that something vouches for: a verifier of answers, users, or the operator's settings."""
+        for trajectory in self.taught:
+            task, outcome = self.tasks.get(trajectory.task_id), self.outcome(trajectory)
+            if task is None or outcome is None or trajectory.stop_reason is not StopReason.ANSWER:
+                continue
+            if outcome.by is OutcomeSource.VERIFIER and judged_blindly(task):
+                continue
+            if outcome.success and outcome.by is not OutcomeSource.CRITIC:
+                yield trajectory, task, outcome
 
     def _first_task(self, trajectory: Trajectory, task: Task) -> Task:
         first = trajectory

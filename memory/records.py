@@ -16,7 +16,7 @@ import time
 import uuid
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -25,6 +25,9 @@ Message = dict[str, Any]
 
 RECALLED = "recalled"
 """The `name` of messages that memory put into a prompt: they are never learned from again."""
+
+LOOKED_UP = "looked_up"
+"""The `name` of an observation that shows memory or documents: part of the run, and never distilled from."""
 
 MALFORMED = "malformed"
 """The `name` of an assistant message that held no readable action: kept as it came, never trained on."""
@@ -60,12 +63,19 @@ class Record(BaseModel):
 
 
 class Purpose(StrEnum):
-    """Why a run was made. Only `serve` runs may teach."""
+    """Why a run was made. Those in `TEACHING` may teach."""
 
     SERVE = "serve"
     EVAL = "eval"
     UNTAUGHT = "untaught"
     """Served like any other, but its client asked (`store: false`) that nothing be learned from it."""
+    PRACTICE = "practice"
+    """The night's own: the champion tries an earlier task again."""
+    TEACHER = "teacher"
+    """Another model's, on a task that was escalated; `model` names it."""
+
+
+TEACHING = frozenset({Purpose.SERVE, Purpose.PRACTICE, Purpose.TEACHER})
 
 
 class VerifierSpec(Record):
@@ -183,6 +193,16 @@ class MemoryKind(StrEnum):
     RUN = "run"
 
 
+CHUNK: Literal["chunk"] = "chunk"
+IndexKind = MemoryKind | Literal["chunk"]
+"""What the index holds: memory items, and chunks of documents."""
+
+
+def index_kind(name: str) -> IndexKind:
+    """The kind of that name."""
+    return CHUNK if name == CHUNK else MemoryKind(name)
+
+
 class Recalled(Record):
     """One item that memory put into a prompt, with every number that chose it."""
 
@@ -199,6 +219,21 @@ class Recalled(Record):
     """What showing it was worth so far, shrunken towards 0; None while too little was measured."""
     withheld: bool = False
     """It would have been shown and was not, to measure what runs come to without it."""
+    turn: int = 0
+    """After how many of the run's model calls it was looked up; 0: it was there from the start."""
+
+
+class Consulted(Record):
+    """A passage of a document that a search in a run showed."""
+
+    chunk_id: str
+    document_id: str
+    source: str
+    place: str
+    similarity: float | None = None
+    """Its cosine to the query; None when only the query's words led to it."""
+    turn: int
+    """After how many of the run's model calls."""
 
 
 class Trajectory(Record):
@@ -228,6 +263,7 @@ class Trajectory(Record):
     messages: list[Message]
     steps: list[Step] = Field(default_factory=list)
     recalled: list[Recalled] = Field(default_factory=list)
+    consulted: list[Consulted] = Field(default_factory=list)
     answer: str | None = None
     outcome: Outcome | None = None
     stop_reason: StopReason
@@ -389,7 +425,8 @@ class Example(Record):
     """One training example in OpenAI messages, as they would be served.
 
     SFT: `messages` ends with an assistant turn; loss falls on the assistant messages that are not
-    named `RECALLED`. DPO: `messages` is the prompt, `chosen` and `rejected` one assistant turn each.
+    named `RECALLED`. DPO: `messages` is the prompt, `chosen` and `rejected` are an assistant turn each, or the rest
+    of a run.
     """
 
     id: str = Field(default_factory=lambda: new_id("ex"))

@@ -14,6 +14,7 @@ from sqlalchemy import (
     BigInteger,
     Boolean,
     Column,
+    Float,
     ForeignKey,
     Index,
     Integer,
@@ -297,3 +298,64 @@ forgotten = Table(
     sqlite_autoincrement=True,
 )
 """What was deleted on somebody's wish: whose, how much, which generations had learned from it. Never the data."""
+
+documents = Table(
+    "documents",
+    metadata,
+    _seq(),
+    Column("id", String, nullable=False, unique=True),
+    Column("tenant", String, nullable=False),
+    Column("source", Text, nullable=False),
+    Column("sha256", String, nullable=False),
+    *_record(),
+    UniqueConstraint("tenant", "source"),
+    Index(None, "tenant", "sha256"),
+    sqlite_autoincrement=True,
+)
+
+chunks = Table(
+    "document_chunks",
+    metadata,
+    _seq(),
+    Column("id", String, nullable=False, unique=True),
+    Column("document_id", String, ForeignKey("documents.id"), nullable=False, index=True),
+    Column("tenant", String, nullable=False, index=True),
+    Column("text", Text, nullable=False),
+    Column("body", Text, nullable=False),
+    sqlite_autoincrement=True,
+)
+"""Stretches of documents; `text` is what the index embeds."""
+
+chunk_outbox = Table(
+    "document_outbox",
+    metadata,
+    _seq(),
+    Column("chunk_id", String, nullable=False, index=True),
+    Column("tenant", String, nullable=False),
+    Column("op", String, nullable=False),
+    Column("acked", Boolean, nullable=False),
+    Index(None, "acked", "seq"),
+    sqlite_autoincrement=True,
+)
+"""Every change of a chunk, in order, for the index to follow; a chunk that is gone has only these rows left."""
+
+escalations = Table(
+    "escalations",
+    metadata,
+    _seq(),
+    Column("id", String, nullable=False, unique=True),
+    Column("task_id", String, nullable=False, index=True),
+    Column("generation", Integer, nullable=False),
+    Column("at", BigInteger, nullable=False),
+    Column("run_seq", BigInteger, nullable=False),
+    Column("reason", String, nullable=False),
+    Column("status", String, nullable=False),
+    Column("success", Boolean, nullable=True),
+    Column("tokens", BigInteger, nullable=False),
+    Column("cost_usd", Float, nullable=True),
+    *_record(),
+    Index(None, "at"),
+    Index(None, "run_seq"),
+    sqlite_autoincrement=True,
+)
+"""Tasks that went to a teacher: numbers and ids, no text. `run_seq`: the newest run's seq then, `at`: Unix time."""
