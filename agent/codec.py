@@ -38,6 +38,8 @@ MIN_ACTION_CHARS = 60
 SHORT_NAMES: dict[str, tuple[str, str]] = {
     "calculator": ("calc", "expression"),
     "python": ("python", "code"),
+    "search_knowledge": ("search_knowledge", "query"),
+    "search_experience": ("search_experience", "query"),
 }
 """Tool name -> (its name in an action line, the one string argument the parentheses hold)."""
 
@@ -48,7 +50,11 @@ _CALCULATION = (
     r"([-+*/%=.0-9 ]|\"[^\"\n]*\"|[a-z][-+*/= ]|"
     rf"(gcd|lcm|count|solve|abs|min|max|round|sqrt)?{_NESTED})"
 )
-_INSIDE: dict[str, str] = {"calculator": _CALCULATION}
+_INSIDE: dict[str, str] = {
+    "calculator": _CALCULATION,
+    "search_knowledge": _BALANCED,
+    "search_experience": _BALANCED,
+}
 """What may stand between a call's parentheses, as a regex of one piece; other tools take anything."""
 
 _ACTION = re.compile(r"^\s*Action:\s*([A-Za-z0-9_-]+)\((.*)\)\s*$", re.DOTALL)

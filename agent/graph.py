@@ -15,12 +15,13 @@ from agent.client_tools import call_id
 from agent.codec import Action, assistant_message, cut_answer, grammar, parse, settled_answer, wire
 from agent.events import TextDelta, ToolCallDelta, Watched
 from agent.llm import ChatReply, ChatRequest
+from agent.lookup import Context
 from agent.prompts import compose, showable
 from agent.state import RunContext, RunState
-from agent.tools import call_tool
+from agent.tools import LOOKUPS, call_tool
 from memory.errors import ModelError
 from memory.recall import NoMemory, Recall, withhold
-from memory.records import MALFORMED, RECALLED, Message, Step, StopReason, Task, content_hash
+from memory.records import LOOKED_UP, MALFORMED, RECALLED, Message, Step, StopReason, Task, content_hash
 
 ACTION_OVERHEAD_TOKENS = 12
 """What `Action: finish()` and the end of turn take of a call's token budget."""
@@ -66,6 +67,7 @@ async def _recall(state: RunState, runtime: Any) -> dict[str, Any]:
         return {
             "messages": [*before.messages, *_news(task)],
             "recalled": [item.model_dump(mode="json") for item in before.recalled],
+            "consulted": [passage.model_dump(mode="json") for passage in before.consulted],
             "steps": [step.model_dump(mode="json") for step in before.steps],
             "reminded": False,
         }
@@ -236,13 +238,35 @@ def _spent(steps: list[dict[str, Any]], context: RunContext) -> bool:
 async def _tools(state: RunState, runtime: Any) -> dict[str, Any]:
     import json
 
-    messages = list(state["messages"])
+    context: RunContext = runtime.context
+    messages, recalled, consulted = list(state["messages"]), list(state["recalled"]), list(state.get("consulted") or [])
     for call in messages[-1]["tool_calls"]:
         function = call["function"]
-        observation = await call_tool(function["name"], json.loads(function["arguments"]))
-        messages.append({"role": "tool", "tool_call_id": call["id"], "content": observation})
-        _watch(runtime.context, {"event": "observation", "id": call["id"], "content": observation})
-    return {"messages": messages}
+        asking = _asking(state, recalled, context)
+        seen = await call_tool(function["name"], json.loads(function["arguments"]), asking)
+        said: Message = {"role": "tool", "tool_call_id": call["id"], "content": seen.text}
+        messages.append({**said, "name": LOOKED_UP} if function["name"] in LOOKUPS else said)
+        found = [item.model_dump(mode="json") for item in seen.recalled]
+        recalled += found
+        consulted += [passage.model_dump(mode="json") for passage in seen.consulted]
+        if found:
+            _watch(context, {"event": "recall", "recalled": found})
+        _watch(context, {"event": "observation", "id": call["id"], "content": seen.text})
+    return {"messages": messages, "recalled": recalled, "consulted": consulted}
+
+
+def _asking(state: RunState, recalled: list[dict[str, Any]], context: RunContext) -> Context:
+    """The run as a tool that looks things up is told of it."""
+    return Context(
+        task=Task.model_validate(state["task"]),
+        recaller=context.deps.recaller,
+        library=context.deps.library,
+        tools=tuple(context.tools),
+        known=frozenset(item["id"] for item in recalled),
+        run_id=context.run_id,
+        withhold_share=context.withhold_share,
+        turn=len(state["steps"]),
+    )
 
 
 async def _check(state: RunState, runtime: Any) -> dict[str, Any]:

@@ -30,6 +30,8 @@ _USAGE: dict[str, tuple[str, str]] = {
         'calc understands + - * / and gcd(a, b), lcm(a, b), count("letter", "text"), solve(equation).',
     ),
     "python": ("code", "python runs the code and shows what it prints."),
+    "search_knowledge": ("question", "search_knowledge shows what the user's documents say about a question."),
+    "search_experience": ("question", "search_experience shows lessons and solved tasks like the question."),
 }
 
 

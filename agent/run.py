@@ -15,7 +15,7 @@ from agent.state import AgentDeps, ModelRef, RunContext, RunOptions
 from agent.tools import check_tools
 from agent.verify import judge_trajectory
 from memory.errors import NightschoolError, VerifierError
-from memory.records import Purpose, Recalled, Step, StopReason, Task, Trajectory, new_id, now
+from memory.records import Consulted, Purpose, Recalled, Step, StopReason, Task, Trajectory, new_id, now
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +72,7 @@ async def run_task(
         messages=state.get("messages") or task.messages,
         steps=[Step.model_validate(step) for step in state.get("steps") or []],
         recalled=[Recalled.model_validate(item) for item in state.get("recalled") or []],
+        consulted=[Consulted.model_validate(passage) for passage in state.get("consulted") or []],
         answer=state.get("answer"),
         stop_reason=stop,
         error=str(error) if error else None,

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from agent.client_tools import ClientTool
 from agent.events import Emit
 from agent.llm import ChatModel
+from memory.library import Library, NoLibrary
 from memory.recall import NoMemory, Recaller
 from memory.records import Message, Trajectory
 
@@ -44,6 +45,7 @@ class AgentDeps:
 
     llm: ChatModel
     recaller: Recaller = field(default_factory=NoMemory)
+    library: Library = field(default_factory=NoLibrary)
     config: AgentConfig = field(default_factory=AgentConfig)
     checkpointer: Any = None
     """A LangGraph checkpointer, or None for runs that are cheaper to repeat than to save."""
@@ -92,11 +94,13 @@ class RunContext:
 
 
 class RunState(TypedDict):
-    """What the nodes pass on; each returns the part that it changes. `task`, `recalled`, `steps`: dumped records."""
+    """What the nodes pass on; each returns the part that it changes. `task`, `recalled`, `consulted`, `steps`: dumped
+    records."""
 
     task: dict[str, Any]
     messages: list[Message]
     recalled: list[dict[str, Any]]
+    consulted: list[dict[str, Any]]
     steps: list[dict[str, Any]]
     answer: str | None
     stop_reason: str | None

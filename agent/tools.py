@@ -1,7 +1,8 @@
 """The service's own tools, by name, with their OpenAI schemas.
 
-A tool takes the arguments the model gave and returns text; a ToolError's text is what the model reads
-instead. Tools of a client never come here: the client runs them itself.
+A tool takes the argument the model gave and returns text; a ToolError's text is what the model reads
+instead. Those that look things up are handed the run that asks. Tools of a client never come here: the client runs
+them itself.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from agent.calculator import calculate
+from agent.lookup import Context, Observation, search_experience, search_knowledge
 from agent.sandbox import run_python
-from memory.errors import ConfigError, ToolError
+from memory.errors import ConfigError, ModelError, ToolError
 
 
 @dataclass(frozen=True)
@@ -23,9 +25,11 @@ class Tool:
     name: str
     description: str
     argument: str
-    run: Callable[[str], str]
+    run: Callable[[str], str] | Callable[[str, Context], Observation]
+    looks_up: bool = False
+    """It reads memory or documents for the run (`run` takes its context): what it shows is never distilled from."""
     replayable: bool = True
-    """Has no side effect, so a night may run it again."""
+    """Has no side effect and finds the same again, so a night may run it again."""
 
     @property
     def schema(self) -> dict[str, Any]:
@@ -45,8 +49,26 @@ TOOLS: dict[str, Tool] = {
     for tool in (
         Tool("calculator", "Exact arithmetic, gcd, lcm, count(letter, text), solve(equation)", "expression", calculate),
         Tool("python", "Run Python without files or network and read what it prints", "code", run_python),
+        Tool(
+            "search_knowledge",
+            "Passages of the user's documents about a question, with source and place",
+            "query",
+            search_knowledge,
+            looks_up=True,
+            replayable=False,
+        ),
+        Tool(
+            "search_experience",
+            "Lessons and solved tasks that are like a question",
+            "query",
+            search_experience,
+            looks_up=True,
+            replayable=False,
+        ),
     )
 }
+
+LOOKUPS = frozenset(name for name, tool in TOOLS.items() if tool.looks_up)
 
 
 def check_tools(names: list[str]) -> list[str]:
@@ -57,13 +79,21 @@ def check_tools(names: list[str]) -> list[str]:
     return names
 
 
-async def call_tool(name: str, arguments: dict[str, Any]) -> str:
-    """The observation of one call: the result, or `error: …` when the tool refused. Never raises ToolError."""
+async def call_tool(name: str, arguments: dict[str, Any], context: Context | None = None) -> Observation:
+    """What one call showed: the result, or `error: …` when the tool refused. Never raises ToolError.
+
+    `context`: the run that asks; without one nothing can be looked up.
+    """
     tool = TOOLS[name]
     value = arguments.get(tool.argument)
     if not isinstance(value, str):
-        return f"error: {name} needs the argument {tool.argument!r}"
+        return Observation(f"error: {name} needs the argument {tool.argument!r}")
+    run: Any = tool.run
     try:
-        return await asyncio.to_thread(tool.run, value)
-    except ToolError as exc:
-        return f"error: {exc}"
+        if not tool.looks_up:
+            return Observation(await asyncio.to_thread(run, value))
+        if context is None:
+            raise ToolError(f"{name} works in a run only")
+        return await asyncio.to_thread(run, value, context)
+    except (ToolError, ModelError) as exc:
+        return Observation(f"error: {exc}")

@@ -14,12 +14,14 @@ from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import chain
 
 from distill.parse import SHAPE, Draft, Flaw, normal_text, parse_principle
-from distill.runs import answer_of, attempt_of, by_usefulness, run_of, task_messages
+from distill.runs import answer_of, attempt_of, by_usefulness, looked_up, run_of, task_messages
 from distill.snapshot import Snapshot
 from memory.errors import ModelError
 from memory.records import (
+    LOOKED_UP,
     MALFORMED,
     RECALLED,
     FeedbackKind,
@@ -169,18 +171,20 @@ async def distill_principles(
 
 
 def past_runs(snapshot: Snapshot, existing: Iterable[PastRun] = ()) -> list[PastRun]:
-    """The runs worth showing in a prompt: own successes and trusted corrections, one for each question.
+    """The runs worth showing in a prompt: own and the teacher's successes, trusted corrections; one a question.
 
     The best of a question is one that shows its work with the offered tools, then the shortest. Ids
     come from the content and a question that `existing` already has is left out, so a second call adds
-    nothing. Held-out tasks, and tasks that lean on earlier turns of a conversation, are left out.
+    nothing. Held-out tasks, tasks that lean on earlier turns of a conversation, and runs that looked something up
+    are left out.
     """
     taken = {(r.tenant, r.workload, _squeeze(r.question)) for r in existing}
     found: defaultdict[tuple[str, str, str], list[tuple[tuple[object, ...], PastRun]]] = defaultdict(list)
 
     def offer(trajectory: Trajectory, task: Task, run: list[Message], source: str, at: datetime) -> None:
         asked = task_messages(task)
-        if len(asked) != 1 or asked[0].get("role") != "user" or snapshot.held_out_reason(task):
+        standing_alone = len(asked) == 1 and asked[0].get("role") == "user" and not looked_up(run)
+        if not standing_alone or snapshot.held_out_reason(task):
             return
         messages = [{"role": "user", "content": text_of(asked[0])}, *run]
         past = PastRun(
@@ -195,7 +199,7 @@ def past_runs(snapshot: Snapshot, existing: Iterable[PastRun] = ()) -> list[Past
         order = (by_usefulness(run, trajectory.tools), source)
         found[task.tenant, task.workload, _squeeze(past.question)].append((order, past))
 
-    for trajectory, task, _ in snapshot.own_successes():
+    for trajectory, task, _ in chain(snapshot.own_successes(), snapshot.teacher_successes()):
         run = run_of(trajectory, task)
         if run is not None:
             offer(trajectory, task, run, trajectory.id, trajectory.started_at)
@@ -203,6 +207,11 @@ def past_runs(snapshot: Snapshot, existing: Iterable[PastRun] = ()) -> list[Past
         offer(trajectory, task, run, feedback.id, feedback.created_at)
     best = {key: min(offers, key=lambda pair: pair[0])[1] for key, offers in found.items() if key not in taken}
     return [best[key] for key in sorted(best)]
+
+
+def gives_away(text: str, snapshot: Snapshot, trajectory: Trajectory, task: Task) -> bool:
+    """Whether a text holds an answer of the task that is known to be right."""
+    return _gives_away(text, _answers(snapshot, trajectory, task))
 
 
 def _worth_asking(snapshot: Snapshot, already: set[str], limit: int) -> list[_Asked]:
@@ -277,6 +286,8 @@ def _log(trajectory: Trajectory, chars: int) -> str:
 def _told(message: Message) -> list[str]:
     """A message as lines of a log."""
     text = text_of(message)
+    if message.get("name") == LOOKED_UP:
+        return ["Result: (what memory or documents say)"]
     if message.get("role") == "tool":
         return [f"Result: {text}"]
     if message.get("role") != "assistant":
@@ -331,6 +342,8 @@ def _recalled_lines(trajectory: Trajectory) -> list[str]:
     for message in trajectory.messages:
         if message.get("name") == RECALLED:
             lines.append(text_of(message))
+        elif message.get("name") == LOOKED_UP:
+            lines += text_of(message).splitlines()
         elif message.get("role") == "system":
             lines += [line for block in _EXPERIENCE.findall(text_of(message)) for line in block.splitlines()]
     return lines

@@ -13,6 +13,7 @@ import json
 from typing import Any
 
 from agent.codec import offered
+from agent.tools import LOOKUPS
 from memory.records import MALFORMED, RECALLED, Message, Task, Trajectory, text_of
 
 Action = tuple[str, ...]
@@ -121,6 +122,12 @@ def flaw_of(run: list[Message], tools: list[str]) -> str | None:
     if not run or run[-1].get("role") != "assistant" or waiting:
         return "the last message is not the assistant's answer"
     return None
+
+
+def looked_up(run: list[Message]) -> bool:
+    """Whether a run shows what memory or documents say, whoever recorded it: such text is never remembered again."""
+    calls = (call for message in run for call in message.get("tool_calls") or [])
+    return any(_function(call).get("name") in LOOKUPS for call in calls)
 
 
 def answer_of(run: list[Message]) -> str:

@@ -23,12 +23,14 @@ from typing import Any
 from pydantic import Field
 from sqlalchemy import Connection, Table, delete, select, update
 
-from memory import nights, rows
+from memory import documents, nights, rows
 from memory.database import Database
 from memory.errors import ConflictError
 from memory.items import MODELS, Item
+from memory.library import one_line
 from memory.night_records import Evaluation, Generation, NightStatus
 from memory.records import (
+    LOOKED_UP,
     RECALLED,
     Example,
     Feedback,
@@ -46,6 +48,9 @@ from memory.records import (
 from memory.schema import (
     batch_lines,
     batches,
+    chunk_outbox,
+    chunks,
+    escalations,
     evaluations,
     examples,
     feedback,
@@ -61,6 +66,7 @@ from memory.schema import (
     tasks,
     trajectories,
 )
+from memory.schema import documents as documents_table
 from memory.schema import nights as nights_table
 from memory.scrub import Needles, scrub_checkpoints, scrub_folder
 
@@ -69,6 +75,9 @@ SHORTEST = 8
 
 SHORTEST_ANSWER = 24
 """The same for what the agent said, which repeats itself more."""
+
+SHOWN = 39
+"""Characters of a passage that every run showed that it was shown to: no excerpt may be set shorter."""
 
 ENDED_BATCHES = ("failed", "completed", "expired", "cancelled")
 GONE = "[forgotten]"
@@ -102,11 +111,14 @@ class _Traces:
     runs: set[str] = field(default_factory=set[str])
     feedback: set[str] = field(default_factory=set[str])
     items: set[str] = field(default_factory=set[str])
+    documents: set[str] = field(default_factory=set[str])
+    chunks: set[str] = field(default_factory=set[str])
     texts: set[str] = field(default_factory=set[str])
     shown: list[Item] = field(default_factory=list[Item])
 
     def needles(self) -> Needles:
-        return Needles(self.tasks | self.runs | self.feedback | self.items, self.texts)
+        ids = self.tasks | self.runs | self.feedback | self.items | self.documents | self.chunks
+        return Needles(ids, self.texts)
 
 
 def forget(database: Database, data_dir: Path, *, tenant: str, user: str | None = None, by: str) -> Forgotten:
@@ -210,6 +222,12 @@ def _gather(connection: Connection, tenant: str, user: str | None) -> _Traces:
             traces.shown.append(item)
             said_by_item = [item.text] if isinstance(item, Principle) else _said(item.messages, "user")
             traces.texts.update(t for t in said_by_item if len(t) >= SHORTEST)
+    for document, its_chunks in documents.of_user(connection, tenant, user):
+        traces.documents.add(document.id)
+        for chunk in its_chunks:
+            traces.chunks.add(chunk.id)
+            spelled = chunk.text, one_line(chunk.text)[:SHOWN]
+            traces.texts.update(t for t in spelled if len(t) >= SHORTEST_ANSWER)
     return traces
 
 
@@ -227,8 +245,12 @@ def _delete(connection: Connection, traces: _Traces, data_dir: Path) -> tuple[di
         (item_uses, item_uses.c.use_key, traces.runs),
         (item_origins, item_origins.c.item_id, traces.items),
         (items, items.c.id, traces.items),
+        (chunk_outbox, chunk_outbox.c.chunk_id, traces.chunks),
+        (chunks, chunks.c.document_id, traces.documents),
+        (documents_table, documents_table.c.id, traces.documents),
         (responses, responses.c.trajectory_id, traces.runs),
         (feedback, feedback.c.id, traces.feedback),
+        (escalations, escalations.c.task_id, traces.tasks),
         (trajectories, trajectories.c.id, traces.runs),
         (tasks, tasks.c.id, traces.tasks),
     ):
@@ -257,23 +279,29 @@ def _forget_examples(connection: Connection, traces: _Traces, needles: Needles, 
 
 
 def _clear_others(connection: Connection, traces: _Traces, counts: Counter[str]) -> None:
-    """Runs of others in the tenant that were shown an item that goes: the run stays, what was recalled does not."""
-    if not traces.items or traces.user is None:
+    """Runs of others in the tenant that were shown an item or a passage that goes: the run stays, what was shown does
+    not."""
+    if not traces.items | traces.documents or traces.user is None:
         return
     query = select(trajectories.c.body).where(trajectories.c.tenant == traces.tenant)
     for run in rows.read(connection, Trajectory, query):
-        if run.id in traces.runs or not traces.items & {item.id for item in run.recalled}:
+        shown = {item.id for item in run.recalled} | {passage.document_id for passage in run.consulted}
+        if run.id in traces.runs or not (traces.items | traces.documents) & shown:
             continue
         messages = [
             {"role": m["role"], "content": GONE, "name": RECALLED}
             if m.get("name") == RECALLED
+            else {**m, "content": GONE}
+            if m.get("name") == LOOKED_UP
             else _without_lines(m, traces.shown)
             for m in run.messages
         ]
         # The prompt's token ids spell the same words.
         steps = [step.model_copy(update={"prompt_token_ids": None}) for step in run.steps]
         kept = [item for item in run.recalled if item.id not in traces.items]
-        cleared = run.model_copy(update={"messages": messages, "steps": steps, "recalled": kept})
+        left = [passage for passage in run.consulted if passage.document_id not in traces.documents]
+        changed = {"messages": messages, "steps": steps, "recalled": kept, "consulted": left}
+        cleared = run.model_copy(update=changed)
         rows.put(connection, trajectories, cleared, {"id": run.id})
         counts["cleared"] += 1
 

@@ -25,6 +25,7 @@ from memory.night_records import Evaluation, Generation, GenerationStatus, Night
 from memory.records import (
     Example,
     Feedback,
+    IndexKind,
     MemoryKind,
     MemoryStatus,
     PastRun,
@@ -258,7 +259,7 @@ class Ledger:
         with self._database.reading() as connection:
             return items.active_texts(connection, after_seq, limit)
 
-    def tenant_texts(self, kind: MemoryKind, tenant: str) -> list[ItemText]:
+    def tenant_texts(self, kind: IndexKind, tenant: str) -> list[ItemText]:
         """All active items of a tenant and kind: what a scan without the index compares."""
         with self._database.reading() as connection:
             return items.tenant_texts(connection, kind, tenant)

@@ -47,6 +47,10 @@ class RecallConfig(BaseModel):
     """Past runs in a prompt, at most. Tiny models copy one example well and drown in many."""
     principles: int = Field(default=0, ge=0)
     """Principles in a prompt, at most."""
+    asked_runs: int = Field(default=1, ge=0)
+    """Past runs at most when the agent asks for experience in the middle of a run."""
+    asked_principles: int = Field(default=2, ge=0)
+    """Principles at most then."""
     token_budget: int = Field(default=400, ge=0)
     """Tokens of all recalled items together, as `estimate_tokens` counts them."""
     min_similarity: float = Field(default=0.3, ge=-1.0, le=1.0)
@@ -104,6 +108,15 @@ def withhold(recall: Recall, run_id: str, share: float) -> Recall:
     )
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What the agent asks memory in the middle of a run, in its own words."""
+
+    query: str
+    known: frozenset[str] = frozenset()
+    """Ids of the items that the run was shown, or had withheld, before."""
+
+
 class Recaller(Protocol):
     """The agent's view of memory."""
 
@@ -113,8 +126,10 @@ class Recaller(Protocol):
         *,
         exclude_task_ids: frozenset[str] = frozenset(),
         exclude_fingerprints: frozenset[str] = frozenset(),
+        asked: Asked | None = None,
     ) -> Recall:
-        """What may help with `task`, leaving out what was made from the excluded tasks."""
+        """What may help with `task`, leaving out what was made from the excluded tasks; searched for by its question,
+        or by what is `asked`."""
         ...
 
 
@@ -127,6 +142,7 @@ class NoMemory:
         *,
         exclude_task_ids: frozenset[str] = frozenset(),
         exclude_fingerprints: frozenset[str] = frozenset(),
+        asked: Asked | None = None,
     ) -> Recall:
         """Nothing."""
         return Recall()
@@ -154,17 +170,20 @@ class Memory:
         *,
         exclude_task_ids: frozenset[str] = frozenset(),
         exclude_fingerprints: frozenset[str] = frozenset(),
+        asked: Asked | None = None,
     ) -> Recall:
         """The best of the task's tenant's active items within the limits of `RecallConfig`.
 
         Raises `LedgerError`, and `ModelError` if the embedder fails.
         """
-        question = task.question
+        question = task.question if asked is None else asked.query
         if not question.strip():
             return Recall()
-        own = frozenset({task.id, task.fingerprint, question_fingerprint(question)})
-        barred = own | exclude_task_ids | exclude_fingerprints
+        own = frozenset({task.id, task.fingerprint, question_fingerprint(task.question)})
+        barred = own | exclude_task_ids | exclude_fingerprints | (asked.known if asked else frozenset())
         limits = {MemoryKind.RUN: self._config.runs, MemoryKind.PRINCIPLE: self._config.principles}
+        if asked is not None:
+            limits = {MemoryKind.RUN: self._config.asked_runs, MemoryKind.PRINCIPLE: self._config.asked_principles}
         ranked: list[tuple[Recalled, Item]] = []
         for kind, limit in limits.items():
             if limit:
@@ -181,7 +200,7 @@ class Memory:
             near = self._nearest(kind, task.tenant, question, fetch)
             close = {item_id: s for item_id, s in near if s >= self._config.min_similarity}
             found = self._ledger.candidates(kind, task.tenant, list(close)) if close else {}
-            allowed = [candidate for candidate in found.values() if not candidate.origins & barred]
+            allowed = [c for c in found.values() if c.item.id not in barred and not c.origins & barred]
             exhausted = len(near) < fetch or len(close) < len(near)
             if len(allowed) >= 2 * limit or exhausted:
                 return [(self._weighed(kind, task, c, close[c.item.id]), c.item) for c in allowed]

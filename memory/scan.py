@@ -11,9 +11,10 @@ import threading
 from dataclasses import dataclass
 from typing import Any
 
+from memory.documents import Chunks
 from memory.embed import Embedder
 from memory.ledger import Ledger
-from memory.records import MemoryKind
+from memory.records import CHUNK, IndexKind
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,10 @@ class Scanner:
     def __init__(self, ledger: Ledger, embedder: Embedder) -> None:
         self._ledger = ledger
         self._embedder = embedder
-        self._held: dict[tuple[MemoryKind, str], _Held] = {}
+        self._held: dict[tuple[IndexKind, str], _Held] = {}
         self._guard = threading.Lock()
 
-    def nearest(self, kind: MemoryKind, tenant: str, question: str, k: int) -> list[tuple[str, float]]:
+    def nearest(self, kind: IndexKind, tenant: str, question: str, k: int) -> list[tuple[str, float]]:
         """The `k` recallable items nearest to the question with their cosine, nearest first.
 
         Raises `LedgerError`, and `ModelError` if the embedder fails.
@@ -57,13 +58,14 @@ class Scanner:
             with self._guard:
                 self._held.clear()
 
-    def _current(self, kind: MemoryKind, tenant: str) -> _Held:
+    def _current(self, kind: IndexKind, tenant: str) -> _Held:
         import numpy as np
 
-        watermark, before = self._ledger.memory_watermark(), self._held.get((kind, tenant))
+        source = Chunks(self._ledger.database) if kind == CHUNK else self._ledger
+        watermark, before = source.memory_watermark(), self._held.get((kind, tenant))
         if before is not None and before.watermark == watermark:
             return before
-        items = [item for item in self._ledger.tenant_texts(kind, tenant) if item.text]
+        items = [item for item in source.tenant_texts(kind, tenant) if item.text]
         keys = [hashlib.sha256(item.text.encode("utf-8", "surrogatepass")).digest() for item in items]
         rows: dict[bytes, Any] = dict(zip(before.keys, before.vectors, strict=True)) if before is not None else {}
         new = {key: item.text for key, item in zip(keys, items, strict=True) if key not in rows}

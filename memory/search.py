@@ -14,7 +14,7 @@ from memory.errors import IndexUnavailableError
 from memory.index import Index
 from memory.items import Item
 from memory.ledger import Ledger
-from memory.records import MemoryKind
+from memory.records import IndexKind, MemoryKind
 from memory.rows import CHUNK
 from memory.scan import Scanner
 
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 FETCH = 16
 
-Nearest = Callable[[MemoryKind, str, str, int], list[tuple[str, float]]]
+Nearest = Callable[[IndexKind, str, str, int], list[tuple[str, float]]]
 """Ids of a kind and tenant nearest to a text, at most so many, with their cosine."""
 
 
@@ -36,13 +36,16 @@ class Hit:
 
 def by_index(ledger: Ledger, index: Index) -> Nearest:
     """Asks the index; the ledger, item by item, while the index cannot answer."""
+    scanner = Scanner(ledger, index.embedder)
 
-    def nearest(kind: MemoryKind, tenant: str, text: str, k: int) -> list[tuple[str, float]]:
+    def nearest(kind: IndexKind, tenant: str, text: str, k: int) -> list[tuple[str, float]]:
         try:
-            return index.query(kind, tenant, text, k)
+            near = index.query(kind, tenant, text, k)
         except IndexUnavailableError as exc:
             log.warning("a search scans the ledger: %s", exc)
-            return Scanner(ledger, index.embedder).nearest(kind, tenant, text, k)
+            return scanner.nearest(kind, tenant, text, k)
+        scanner.clear()
+        return near
 
     return nearest
 

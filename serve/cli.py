@@ -17,6 +17,7 @@ from memory.errors import ConfigError, NightschoolError
 from serve.cli_batch import app as batch_app
 from serve.cli_keys import app as keys_app
 from serve.cli_knowledge import app as knowledge_app
+from serve.cli_knowledge import app as knowledge_app
 from serve.cli_memory import app as memory_app
 from serve.cli_nights import app as nights_app
 
@@ -30,6 +31,7 @@ app = typer.Typer(
 )
 app.add_typer(keys_app, name="keys")
 app.add_typer(memory_app, name="memory")
+app.add_typer(knowledge_app, name="knowledge")
 app.add_typer(knowledge_app, name="knowledge")
 app.add_typer(batch_app, name="batch")
 app.add_typer(nights_app)

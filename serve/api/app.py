@@ -10,6 +10,7 @@ from fastapi.responses import JSONResponse
 from serve.api import (
     batches,
     chat,
+    dashboard,
     document,
     embeddings,
     errors,
@@ -18,9 +19,11 @@ from serve.api import (
     fine_tuning,
     generations,
     keys,
+    knowledge,
     memory,
     middleware,
     models,
+    night_reports,
     responses,
 )
 from serve.api.auth import Keyring
@@ -36,12 +39,29 @@ def create_app(services: Services, nights: NightSchool, operator_token: str | No
     app.state.nights = nights
     app.state.turnstile = Turnstile(services.settings.server)
     app.state.gate = middleware.Gate()
+    app.state.routes = []
     database, config = services.ledger.database, services.settings.server
     app.state.keyring = Keyring(database, operator_token, keys_on=config.keys)
     errors.install(app)
     middleware.install(app, app.state.gate, app.state.keyring, database, config)
-    for room in (chat, models, responses, embeddings, files, batches, feedback, fine_tuning, generations, keys, memory):
+    for room in (
+        chat,
+        models,
+        responses,
+        embeddings,
+        files,
+        batches,
+        feedback,
+        fine_tuning,
+        generations,
+        night_reports,
+        dashboard,
+        keys,
+        memory,
+        knowledge,
+    ):
         app.include_router(room.router)
+        app.state.routes += room.router.routes
     app.get("/healthz")(healthz)
     app.get("/readyz")(readyz)
     document.install(app)

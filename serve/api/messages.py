@@ -10,7 +10,7 @@ import json
 import re
 from typing import Any
 
-from memory.records import MALFORMED, RECALLED, Message
+from memory.records import LOOKED_UP, MALFORMED, RECALLED, Message
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _FIELDS = {
@@ -80,7 +80,7 @@ def check_message(message: Message, where: str) -> Message:
 def _check_name(name: Any, where: str) -> None:
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ValueError(f"{where}: expected up to 64 characters without spaces, got {_shown(name)}")
-    if name in (RECALLED, MALFORMED):
+    if name in (RECALLED, LOOKED_UP, MALFORMED):
         raise ValueError(f"{where}: {name!r} marks messages of the service itself; choose another name")
 
 

@@ -5,15 +5,21 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from fastapi import Request
 
-from memory.files import CHUNK_BYTES, Draft
+from memory.files import CHUNK_BYTES
 from serve.api.errors import FieldError
 
 MAX_FIELD_BYTES = 10_000
 MAX_PARTS = 32
+
+
+class Sink(Protocol):
+    """Where the file's bytes go."""
+
+    def write(self, data: bytes, /) -> Any: ...
 
 
 @dataclass
@@ -24,7 +30,7 @@ class Form:
     fields: dict[str, str] = field(default_factory=dict)
 
 
-async def read_form(request: Request, draft: Draft) -> Form:
+async def read_form(request: Request, draft: Sink) -> Form:
     """Read the request's form, the part named `file` into the draft.
 
     FieldError for a body that is no such form. How large it may be is the middleware's to say.

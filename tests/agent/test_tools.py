@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 
@@ -10,18 +11,26 @@ from agent.tools import TOOLS, call_tool, check_tools
 from memory.errors import ConfigError
 
 
+def called(name: str, arguments: dict[str, Any]) -> str:
+    return asyncio.run(call_tool(name, arguments)).text
+
+
 def test_a_call_returns_what_the_tool_says() -> None:
-    assert asyncio.run(call_tool("calculator", {"expression": "6*7"})) == "42"
-    assert asyncio.run(call_tool("python", {"code": "print(6*7)"})) == "42\n"
+    assert called("calculator", {"expression": "6*7"}) == "42"
+    assert called("python", {"code": "print(6*7)"}) == "42\n"
 
 
 def test_a_refusal_is_an_observation() -> None:
-    assert asyncio.run(call_tool("calculator", {"expression": "1/0"})) == "error: division by zero"
+    assert called("calculator", {"expression": "1/0"}) == "error: division by zero"
 
 
 @pytest.mark.parametrize("arguments", [{}, {"code": "1"}, {"expression": 1}, {"expression": None}])
-def test_a_wrong_argument_is_an_observation_that_names_the_right_one(arguments: dict) -> None:
-    assert asyncio.run(call_tool("calculator", arguments)) == "error: calculator needs the argument 'expression'"
+def test_a_wrong_argument_is_an_observation_that_names_the_right_one(arguments: dict[str, Any]) -> None:
+    assert called("calculator", arguments) == "error: calculator needs the argument 'expression'"
+
+
+def test_nothing_is_looked_up_outside_of_a_run() -> None:
+    assert called("search_knowledge", {"query": "cows"}) == "error: search_knowledge works in a run only"
 
 
 def test_an_unknown_tool_is_a_config_error_that_names_the_known_ones() -> None:

@@ -124,6 +124,7 @@ class OneRun:
         *,
         exclude_task_ids: frozenset[str] = frozenset(),
         exclude_fingerprints: frozenset[str] = frozenset(),
+        **_: Any,
     ) -> Recall:
         self.excluded.append((task.id, exclude_task_ids, exclude_fingerprints))
         messages = [{"role": "user", "content": "What is 900 + 1?"}, *solve(900)]

@@ -13,7 +13,7 @@ from memory.embed import Embedder
 from memory.errors import ConfigError, IndexUnavailableError
 from memory.index import Index, sync
 from memory.ledger import Ledger
-from memory.recall import Memory, NoMemory, Recall, RecallConfig, Recaller, estimate_tokens, withhold
+from memory.recall import Asked, Memory, NoMemory, Recall, RecallConfig, Recaller, estimate_tokens, withhold
 from memory.records import MemoryKind, MemoryStatus, PrincipleKind, Recalled
 from memory.uses import Use
 from tests.memory import samples
@@ -269,3 +269,22 @@ def test_neighbours_are_of_the_same_tenant_and_kind_and_retired_ones_are_among_t
     assert {item.id for item in near} == {same.id, retired.id}
     assert recaller.neighbours(new, at_least=0.85, k=1) == near[:1]
     assert recaller.neighbours(samples.principle(text, "eve"), at_least=0.0, k=3) == []
+
+
+def test_what_the_agent_asks_is_searched_by_its_words_less_what_it_met_and_what_was_made_from_its_task(
+    sqlite_ledger: Ledger, memory: Opener
+):
+    task = samples.task(ASKED)
+    own = samples.remember(sqlite_ledger, ASKED)
+    ducks = samples.remember(sqlite_ledger, "How many legs do 5 ducks have?")
+    rule = samples.principle("Multiply the legs of each animal by how many there are.")
+    sqlite_ledger.add_principle(rule)
+    recaller = memory(asked_runs=2, asked_principles=1)
+    for query in (ASKED, "counting the legs of animals"):
+        found = recaller.recall(task, asked=Asked(query))
+        assert {item.id for item in found.items} == {ducks.id, rule.id}
+        assert own.id not in str(found)
+    known = frozenset({ducks.id})
+    assert [item.id for item in recaller.recall(task, asked=Asked(ASKED, known)).items] == [rule.id]
+    assert [item.id for item in recaller.recall(task).items] == [ducks.id]
+    assert recaller.recall(task, asked=Asked(" ")) == Recall()

@@ -17,8 +17,10 @@ from distill.train.config import RESULT, TrainJob, TrainResult
 from memory.embed import load_embedder
 from memory.index import Index, sync
 from memory.ledger import Ledger
+from memory.library import Documents
 from memory.night_records import Generation
 from memory.recall import Memory
+from memory.search import by_index
 from serve import promotion
 from serve.settings import ServerConfig, Settings
 from serve.wiring import Services, announce, open_ledger
@@ -73,7 +75,8 @@ def services_in(
     sync(ledger, index)
     memory = Memory(ledger, index, settings.recall)
     model = ScriptedModel(script)
-    deps = AgentDeps(llm=model, recaller=memory, config=settings.agent)
+    library = Documents(ledger.database, by_index(ledger, index), settings.knowledge)
+    deps = AgentDeps(llm=model, recaller=memory, library=library, config=settings.agent)
     engine: Any = FakeEngine()
     residency: Any = FakeResidency()
     try:
