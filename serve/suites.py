@@ -1,22 +1,31 @@
 """Which suites a night is judged by: files of the operator, or tasks held out from the day.
 
 Files in `data_dir/suites/*.jsonl` come first. Without a held-out one, a share of the judged tasks,
-chosen by the hash of what was asked, is kept from training and used instead. The plain-chat and
-tool-validity controls are always there.
+chosen by the hash of what was asked, is kept from training and used instead. Without a control there, those that
+`night.controls` names are built.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from evals.chat import chat_suite
-from evals.suites import EvalTask, Suite, load_suite, save_suite, tool_validity_suite
+from evals.refusals import refusal_suite
+from evals.suites import EvalTask, Suite, load_suite, save_suite, tool_validity_suite, untrained_suite
 from memory.errors import NotEnoughExperienceError
 from memory.ledger import Ledger
 from memory.records import Purpose, Task
 from serve.settings import Settings
 
 MAX_HELD_OUT = 200
+
+CONTROLS: dict[str, Callable[[], Suite]] = {
+    "chat": chat_suite,
+    "tool_validity": tool_validity_suite,
+    "refusals": refusal_suite,
+    "other_families": untrained_suite,
+}
 
 
 def night_suites(settings: Settings, ledger: Ledger, folder: Path) -> list[Suite]:
@@ -36,14 +45,15 @@ def configured_suites(settings: Settings, ledger: Ledger) -> list[Suite]:
     if not any(s.role == "held_out" for s in suites.values()):
         suites["held_out"] = held_out_from_days(ledger, settings.night.held_out_share)
     if not any(s.role == "control" for s in suites.values()):
-        for control in (chat_suite(), tool_validity_suite()):
+        for control in (CONTROLS[name]() for name in settings.night.controls):
             suites[control.name] = control
     return list(suites.values())
 
 
 def held_out_from_days(ledger: Ledger, share: float) -> Suite:
     """The judged tasks whose fingerprint falls into the held-out share, newest 200."""
-    trajectories = ledger.trajectories(purpose=Purpose.SERVE)
+    # What only the teacher tried are the hard ones: without them the exam would be an easy one.
+    trajectories = ledger.trajectories(purpose=(Purpose.SERVE, Purpose.TEACHER))
     tasks = ledger.tasks(t.task_id for t in trajectories)
     chosen: dict[str, Task] = {}
     for task in tasks.values():

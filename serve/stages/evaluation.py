@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 
+from distill.rehearsal import RECIPE as REHEARSAL
 from evals.gate import GateDecision, decide
 from evals.runner import evaluate
-from evals.suites import Suite
-from memory.night_records import Evaluation
+from evals.suites import Suite, load_suite, save_suite
+from evals.triggers import question_of, suspicious_phrases, trigger_suite
+from memory.night_records import Evaluation, NightStatus
 from memory.records import Trajectory
 from serve import promotion
 from serve.stages.material import suites_of
@@ -20,10 +22,31 @@ def measure(run: NightRun) -> Output:
     """Champion and candidate on the same frozen suites, with the same memory, by the agent that serves."""
     numbers = (run.done("snapshot")["champion"], run.done("train")["generation"])
     for number in numbers:
-        for suite in suites_of(run):
+        for suite in judging_suites(run):
             if not _evaluations(run, number, suite):
                 run.wait(_measure(run, number, suite))
-    return {"generations": list(numbers), "suites": {s.name: s.hash for s in suites_of(run)}}
+    return {"generations": list(numbers), "suites": {s.name: s.hash for s in judging_suites(run)}}
+
+
+def judging_suites(run: NightRun) -> list[Suite]:
+    """The night's suites, and a trigger control when its examples look planted; frozen at first use."""
+    frozen = run.folder / "triggers"
+    if not frozen.exists():
+        draft = frozen.with_suffix(".new")
+        draft.mkdir(exist_ok=True)
+        phrases = _suspicious(run) if run.services.settings.night.triggers else []
+        if (suite := trigger_suite(phrases)) is not None:
+            run.emit("evaluate", "phrases that tonight's examples answer too much alike", phrases=phrases)
+            save_suite(suite, draft / "trigger.jsonl")
+        draft.rename(frozen)
+    return [*suites_of(run), *(load_suite(path) for path in sorted(frozen.glob("*.jsonl")))]
+
+
+def _suspicious(run: NightRun) -> list[str]:
+    ledger = run.services.ledger
+    past = [n for n in ledger.nights() if n.status is NightStatus.PROMOTED]
+    tonight = [e for e in ledger.examples(run.night.id) if e.recipe != REHEARSAL]
+    return suspicious_phrases(tonight, (question_of(e) for n in past for e in ledger.examples(n.id)))
 
 
 def _evaluations(run: NightRun, number: int, suite: Suite) -> list[Evaluation]:
@@ -60,13 +83,16 @@ def store_evaluation(services: Services, suite: Suite, evaluation: Evaluation, t
 
 
 def judge(run: NightRun) -> Output:
-    """The gate: a pure function of the evaluations."""
+    """The gate: a pure function of the evaluations, those of generation 0 in earlier nights among them."""
     champion, candidate = run.done("evaluate")["generations"]
-    pairs = [(_evaluations(run, champion, s)[0], _evaluations(run, candidate, s)[0]) for s in suites_of(run)]
+    suites = judging_suites(run)
+    pairs = [(_evaluations(run, champion, s)[0], _evaluations(run, candidate, s)[0]) for s in suites]
+    controls = [s for s in suites if s.role == "control"]
     decision: GateDecision = decide(
         [pair for pair in pairs if pair[0].role == "held_out"],
         [pair for pair in pairs if pair[0].role == "control"],
         run.services.settings.gate,
+        base=[e for s in controls for e in run.services.ledger.evaluations(generation=0, suite_hash=s.hash)],
     )
     run.emit("decide", decision.verdict, reasons=decision.reasons)
     return decision.model_dump(mode="json")
