@@ -49,9 +49,6 @@ for collection in client.list_collections():
 """
 """Reads every vector and walks the whole graph: opening alone loads neither, and a torn one crashes its reader."""
 
-FIRST_OPEN, LAST_OPEN = (1, 0, 0), (1, 5, 9)
-"""Versions whose Python server runs code of whoever reaches its port, before it asks who that is."""
-
 
 class ChromaConfig(BaseModel):
     """Which Chroma holds the index."""
@@ -174,10 +171,17 @@ class Remote:
             client = chromadb.HttpClient(
                 host=self._host, port=self._port, ssl=self._ssl, database=self._database, settings=settings
             )
-            warn(self._url, str(client.get_version()))
+            client.heartbeat()
         except Exception as exc:
             said = " ".join(str(exc).split())[:200]
             raise IndexUnavailableError(f"the Chroma server {self._url} cannot be used: {said}") from exc
+        # No version is asked for: 1.5.9 answers "1.0.0", like every server since.
+        log.warning(
+            "the index is on the Chroma server %s: whoever reaches it can read and change what is near to what, and "
+            "Python servers of versions 1.0.0 to 1.5.9 run code of anybody who does, without a key, so let nobody but "
+            "this service reach it; files and backups with what is forgotten are its owner's to clean",
+            self._url,
+        )
         return client
 
     def probe(self) -> Path | None:
@@ -193,23 +197,6 @@ class Remote:
 
     def wipe(self) -> None:
         """Nothing that a client could do."""
-
-
-def warn(url: str, version: str) -> None:
-    """Say what a remote Chroma costs in safety, and louder for versions that anybody can take over."""
-    log.warning(
-        "the index is on the Chroma server %s (%s): whoever reaches it can read and change what is near to what; "
-        "what is forgotten leaves its collections, while its files and backups are its owner's to clean",
-        url,
-        version,
-    )
-    numbers = tuple(int(part) for part in version.split(".")[:3] if part.isdigit())
-    if FIRST_OPEN <= numbers <= LAST_OPEN:
-        log.warning(
-            "Chroma %s: the Python server of versions 1.0.0 to 1.5.9 runs code of anybody who reaches its port, "
-            "without a key: let nobody but this service reach it, or use a newer one",
-            version,
-        )
 
 
 def own(folder: Path) -> IO[str]:

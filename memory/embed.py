@@ -18,6 +18,7 @@ from memory.errors import ConfigError, ModelError, boundary
 
 MAX_CHARS = 8192
 DEFAULT = "wordllama"
+HUB_TIMEOUT_S = 5.0
 
 
 class Embedder(Protocol):
@@ -166,8 +167,31 @@ def _sentence_transformers(model: str, cache_dir: Path) -> Callable[[list[str]],
     with boundary(ConfigError, f"the sentence-transformers model {model!r} cannot be loaded"):
         from sentence_transformers import SentenceTransformer  # pyright: ignore[reportMissingImports]
 
-        encoder: Any = SentenceTransformer(model, cache_folder=str(cache_dir))
+        encoder: Any
+        try:
+            # What is on the disk needs no hub; one that is away would be asked again for minutes.
+            encoder = SentenceTransformer(model, cache_folder=str(cache_dir), local_files_only=True)
+        except Exception:
+            _reach_the_hub(model, cache_dir)
+            encoder = SentenceTransformer(model, cache_folder=str(cache_dir))
     return lambda texts: encoder.encode(texts).tolist()
+
+
+def _reach_the_hub(model: str, cache_dir: Path) -> None:
+    """ConfigError, soon, when nothing can be fetched."""
+    import httpx
+    from huggingface_hub import constants
+
+    missing = f"the sentence-transformers model {model!r} is not in {cache_dir}"
+    if constants.HF_HUB_OFFLINE:
+        raise ConfigError(f"{missing}, and HF_HUB_OFFLINE forbids fetching it")
+    try:
+        httpx.head(constants.ENDPOINT, timeout=HUB_TIMEOUT_S)
+    except httpx.HTTPError as exc:
+        raise ConfigError(
+            f"{missing}, and the hub {constants.ENDPOINT} cannot be reached ({type(exc).__name__}): put it there, "
+            f"or use {DEFAULT!r}, which needs no network"
+        ) from exc
 
 
 def _unit(vector: Sequence[float], dimensions: int) -> list[float]:

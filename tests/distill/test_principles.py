@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import re
 
 import pytest
@@ -132,6 +133,25 @@ def test_whatever_a_model_writes_is_a_well_formed_principle_or_a_reason(reply):
 def test_a_random_sentence_never_becomes_a_malformed_principle(text):
     parsed = parse_principle(f"[DESCRIPTION]: {text}\n[STRUCTURE]: {text[::-1]}")
     assert isinstance(parsed, Flaw) or well_formed(parsed)
+
+
+def test_ten_thousand_random_outputs_are_each_a_well_formed_principle_or_a_counted_reason():
+    draw = random.Random(20261123)
+    pieces = [*HEADINGS, *MARKS, *WORDS, GOOD]
+    flaws: set[Flaw] = set()
+    kept = 0
+    for _ in range(10_000):
+        noise = "".join(chr(draw.choice((draw.randrange(32, 127), draw.randrange(0x11_0000)))) for _ in range(20))
+        reply = "".join(draw.choice([*pieces, noise]) for _ in range(draw.randrange(15)))
+        cut = reply[: draw.randrange(len(reply) + 1)] if draw.random() < 0.3 else reply
+        parsed = parse_principle(cut)
+        if isinstance(parsed, Flaw):
+            flaws.add(parsed)
+        else:
+            assert well_formed(parsed), cut
+            kept += 1
+    assert kept > 500
+    assert len(flaws) > 1
 
 
 @settings(deadline=None, max_examples=30)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import socket
+import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -118,3 +120,46 @@ def test_a_package_that_is_not_there_is_told_with_how_to_get_it(tmp_path: Path, 
     monkeypatch.setattr("importlib.util.find_spec", lambda *_: None)  # it may well be installed here
     with pytest.raises(ConfigError, match="needs: pip install sentence-transformers"):
         load_embedder("sentence-transformers:any", tmp_path)
+
+
+STUB = """
+class SentenceTransformer:
+    def __init__(self, name, cache_folder, local_files_only=False):
+        if name != "here" and local_files_only:
+            raise OSError("not on this disk")
+        if name != "here":
+            raise AssertionError("it went on to the hub, which it would ask for minutes")
+
+    def encode(self, texts):
+        import numpy
+        return numpy.array([[3.0, 4.0] for _ in texts])
+"""
+
+
+@pytest.fixture
+def sentence_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of the package, which brings torch: it loads "here" from the disk and would fetch everything else."""
+    (tmp_path / "sentence_transformers.py").write_text(STUB)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "sentence_transformers", raising=False)
+
+
+@pytest.mark.usefixtures("sentence_transformers")
+def test_a_model_on_the_disk_needs_no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    embedder = load_embedder("sentence-transformers:here", tmp_path)
+    assert embedder.dimensions == 2
+    assert embedder.embed(["a", "b"]) == [pytest.approx([0.6, 0.8])] * 2
+
+
+@pytest.mark.usefixtures("sentence_transformers")
+def test_a_hub_that_cannot_be_reached_is_one_line_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    began = time.monotonic()
+    with pytest.raises(ConfigError, match=r"the hub http://127\.0\.0\.1:9 cannot be reached") as told:
+        load_embedder("sentence-transformers:elsewhere", tmp_path)
+    assert time.monotonic() - began < 5
+    assert "\n" not in str(told.value)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError, match="HF_HUB_OFFLINE forbids"):
+        load_embedder("sentence-transformers:elsewhere", tmp_path)

@@ -211,23 +211,14 @@ def delete_all(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
-def cut_the_vectors(folder: Path) -> None:
-    torn = [path for path in folder.rglob("*.bin") if path.stat().st_size]
-    assert torn
-    for path in torn:
+def cut(folder: Path, name: str) -> None:
+    for path in folder.rglob(name):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def garble_the_database(folder: Path) -> None:
-    path = folder / "chroma.sqlite3"
-    data = bytearray(path.read_bytes())
-    data[:4096] = bytes(range(256)) * 16
-    path.write_bytes(data)
-
-
-def cut_the_database(folder: Path) -> None:
-    path = folder / "chroma.sqlite3"
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 3])
+def overwrite(folder: Path, name: str) -> None:
+    for path in folder.rglob(name):
+        path.write_bytes(bytes(i * 37 % 251 for i in range(path.stat().st_size)))
 
 
 @pytest.fixture(scope="module")
@@ -244,17 +235,38 @@ def filled(tmp_path_factory: pytest.TempPathFactory, embedder: Embedder) -> Path
     return home
 
 
-@pytest.mark.parametrize("harm", [delete_all, cut_the_vectors, garble_the_database, cut_the_database])
-def test_a_harmed_folder_is_noticed_and_made_again(
+FILES = ["chroma.sqlite3", "data_level0.bin", "header.bin", "index_metadata.pickle", "length.bin", "link_lists.bin"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_file_of_the_index_may_be_torn_and_is_noticed_before_it_is_used(
+    filled: Path, tmp_path: Path, embedder: Embedder, name: str
+):
+    # The two ways take turns over the files: each open costs a process.
+    harm = cut if FILES.index(name) % 2 else overwrite
+    folder = shutil.copytree(filled / "chroma", tmp_path / "chroma")
+    assert list(folder.rglob(name)), f"Chroma writes no {name} any more: what does it write?"
+    harm(folder, name)
+    index = Index.open(folder, embedder)
+    assert index.moved_aside is not None
+    assert index.moved_aside.is_dir()
+    assert (index.needs_rebuild, index.state) == (True, "rebuilding")
+    index.close()
+
+
+def test_all_files_of_the_index_are_known(filled: Path):
+    assert {path.name for path in (filled / "chroma").rglob("*") if path.is_file()} == {*FILES, "ready.json"}
+
+
+@pytest.mark.parametrize("harm", [lambda folder: shutil.rmtree(folder), lambda folder: cut(folder, "ready.json")])
+def test_a_folder_that_is_gone_or_unnamed_is_made_again(
     filled: Path, tmp_path: Path, embedder: Embedder, harm: Callable[[Path], None]
 ):
-    home = tmp_path / "home"
-    shutil.copytree(filled, home)
+    home = shutil.copytree(filled, tmp_path / "home")
     harm(home / "chroma")
     ledger = Ledger.open(f"sqlite:///{home}/ledger.db")
     index = Index.open(home / "chroma", embedder)
-    assert (index.moved_aside is not None) == (harm is not delete_all)
-    assert index.moved_aside is None or index.moved_aside.is_dir()
+    assert (index.moved_aside, index.needs_rebuild) == (None, True)
     assert sync(ledger, index) == 1100
     text = ledger.principles()[500].text
     assert index.query(MemoryKind.PRINCIPLE, "default", text, 1)[0][0] == ledger.principles()[500].id
