@@ -51,7 +51,7 @@ class Ledger:
     def __init__(self, database: Database) -> None:
         self._database = database
         self._journal = Journal(database)
-        self._serving: tuple[float, Generation] | None = None
+        self._serving: tuple[float, Generation, Generation | None] | None = None
         self._switches = 0
         self._switching = threading.Lock()
 
@@ -305,14 +305,41 @@ class Ledger:
         with self._database.writing() as connection:
             return nights.advance_generation(connection, number, to, metrics)
 
-    def promote(self, to_generation: int, why: str, by: str, expected_from: int | None = None) -> Promotion:
+    def promote(
+        self,
+        to_generation: int,
+        why: str,
+        by: str,
+        expected_from: int | None = None,
+        evidence: dict[str, Any] | None = None,
+    ) -> Promotion:
         """Put a generation in the champion's place: log row and both statuses at once, or nothing.
 
         `expected_from`: the champion that the decision was made against; `ConflictError` if it is
         another by now. Repeating the last promotion returns it.
         """
         with self._database.writing() as connection:
-            promotion = nights.promote(connection, to_generation, why, by, expected_from)
+            promotion = nights.promote(connection, to_generation, why, by, expected_from, evidence)
+        self._switched()
+        return promotion
+
+    def begin_canary(self, number: int, share: float, why: str, by: str) -> Generation:
+        """Give a generation a share of the users (`nights.begin_canary`)."""
+        with self._database.writing() as connection:
+            begun = nights.begin_canary(connection, number, share, why, by)
+        self._switched()
+        return begun
+
+    def end_canary(
+        self, why: str, by: str, expected: int | None = None, evidence: dict[str, Any] | None = None
+    ) -> Promotion:
+        """All users back to the champion (`nights.end_canary`)."""
+        with self._database.writing() as connection:
+            ended = nights.end_canary(connection, why, by, evidence, expected)
+        self._switched()
+        return ended
+
+    def _switched(self) -> None:
         with self._switching:
             self._switches += 1
             self._serving = None
@@ -327,12 +354,21 @@ class Ledger:
         """`champion` for every request: remembered for a second, forgotten when this process switches."""
         known, now = self._serving, time.monotonic()
         if known is not None and now - known[0] < SERVING_S:
-            return known[1]
-        switches, champion = self._switches, self.champion()
+        return self._on_duty()[0]
+
+    def canary(self) -> Generation | None:
+        """The generation that serves a share of the users beside `serving`, if one does; remembered like it."""
+        return self._on_duty()[1]
+
+    def _on_duty(self) -> tuple[Generation, Generation | None]:
+            return known[1:]
+        switches = self._switches
+        with self._database.reading() as connection:
+            champion, canary = nights.champion(connection), nights.canary(connection)
         with self._switching:
             if switches == self._switches:  # else it is another by now, and the next request must not meet this one
-                self._serving = now, champion
-        return champion
+                self._serving = now, champion, canary
+        return champion, canary
 
     def promotions(self) -> list[Promotion]:
         """The log of what was served, oldest first."""

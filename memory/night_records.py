@@ -15,15 +15,20 @@ class GenerationStatus(StrEnum):
     """The life of a trained adapter."""
 
     CANDIDATE = "candidate"
+    CANARY = "canary"
+    """Serves a share of the users; `metrics["canary"]` says which share, since when and why."""
     CHAMPION = "champion"
     RETIRED = "retired"
     REJECTED = "rejected"
 
 
 GENERATION_TRANSITIONS: dict[GenerationStatus, frozenset[GenerationStatus]] = {
-    GenerationStatus.CANDIDATE: frozenset({GenerationStatus.CHAMPION, GenerationStatus.REJECTED}),
+    GenerationStatus.CANDIDATE: frozenset(
+        {GenerationStatus.CANARY, GenerationStatus.CHAMPION, GenerationStatus.REJECTED}
+    ),
+    GenerationStatus.CANARY: frozenset({GenerationStatus.CHAMPION, GenerationStatus.RETIRED}),
     GenerationStatus.CHAMPION: frozenset({GenerationStatus.RETIRED}),
-    GenerationStatus.RETIRED: frozenset({GenerationStatus.CHAMPION}),
+    GenerationStatus.RETIRED: frozenset({GenerationStatus.CANARY, GenerationStatus.CHAMPION}),
     GenerationStatus.REJECTED: frozenset(),
 }
 
@@ -53,13 +58,18 @@ class Generation(Record):
 
 
 class Promotion(Record):
-    """One row of the log of what is served. The last row is the truth."""
+    """One row of the log of what is served. The last row's `to_generation` is the champion.
+
+    A row from a generation that was not champion then is the end of its canary.
+    """
 
     id: str = Field(default_factory=lambda: new_id("prom"))
     from_generation: int
     to_generation: int
     why: str
     by: str
+    evidence: dict[str, Any] | None = None
+    """The counts that decided, when live outcomes did (`evals.live`)."""
     at: datetime = Field(default_factory=now)
 
 

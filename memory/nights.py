@@ -65,14 +65,21 @@ def advance_generation(
     standing = generation(connection, number)
     if to is not standing.status:
         _may_become(standing, to)
-        if GenerationStatus.CHAMPION in (to, standing.status):
+        if {GenerationStatus.CHAMPION, GenerationStatus.CANARY} & {to, standing.status}:
             raise ConflictError(f"generation {number} is {standing.status}: only a promotion can make it {to}")
     moved = standing.model_copy(update={"status": to, "metrics": {**standing.metrics, **(metrics or {})}})
     rows.put(connection, generations, moved, {"number": number}, status=to)
     return moved
 
 
-def promote(connection: Connection, to: int, why: str, by: str, expected_from: int | None) -> Promotion:
+def promote(
+    connection: Connection,
+    to: int,
+    why: str,
+    by: str,
+    expected_from: int | None,
+    evidence: dict[str, Any] | None = None,
+) -> Promotion:
     """Make a generation the champion in place of the present one.
 
     A repeated call, when the last promotion did just this, returns that promotion.
@@ -91,10 +98,56 @@ def promote(connection: Connection, to: int, why: str, by: str, expected_from: i
     for moved, status in ((old, GenerationStatus.RETIRED), (new, GenerationStatus.CHAMPION)):
         after = moved.model_copy(update={"status": status})
         rows.put(connection, generations, after, {"number": moved.number}, status=status)
-    promotion = Promotion(from_generation=old.number, to_generation=to, why=why, by=by)
-    columns = {"from_generation": old.number, "to_generation": to}
+    return _log(connection, Promotion(from_generation=old.number, to_generation=to, why=why, by=by, evidence=evidence))
+
+
+def _log(connection: Connection, promotion: Promotion) -> Promotion:
+    columns = {"from_generation": promotion.from_generation, "to_generation": promotion.to_generation}
     rows.add(connection, promotions, promotion, "promotion", {"id": promotion.id}, **columns)
     return promotion
+
+
+def begin_canary(connection: Connection, number: int, share: float, why: str, by: str) -> Generation:
+    """Give a generation a share of the users; one that has one already makes place. The same share again is a no-op.
+
+    Raises `ConflictError` for the champion and for a rejected generation.
+    """
+    standing, running = generation(connection, number), canary(connection)
+    if running is not None and running.number == number:
+        if running.metrics["canary"]["share"] == share:
+            return running
+    else:
+        _may_become(standing, GenerationStatus.CANARY)
+        if running is not None:
+            end_canary(connection, f"generation {number} takes its place", by, None)
+    told = {"share": share, "since": now().isoformat(), "why": why, "by": by}
+    begun = standing.model_copy(
+        update={"status": GenerationStatus.CANARY, "metrics": {**standing.metrics, "canary": told}}
+    )
+    rows.put(connection, generations, begun, {"number": number}, status=GenerationStatus.CANARY)
+    return begun
+
+
+def end_canary(
+    connection: Connection, why: str, by: str, evidence: dict[str, Any] | None, expected: int | None = None
+) -> Promotion:
+    """All users back to the champion, with a row in the log. `ConflictError` when no generation (or not the
+    `expected` one) is in canary."""
+    running = canary(connection)
+    if running is None or expected not in (None, running.number):
+        raise ConflictError(f"generation {expected} is not in canary" if expected else "no generation is in canary")
+    ended = running.model_copy(update={"status": GenerationStatus.RETIRED})
+    rows.put(connection, generations, ended, {"number": running.number}, status=GenerationStatus.RETIRED)
+    back = champion(connection).number
+    return _log(
+        connection, Promotion(from_generation=running.number, to_generation=back, why=why, by=by, evidence=evidence)
+    )
+
+
+def canary(connection: Connection) -> Generation | None:
+    """The generation that serves a share of the users, if one does."""
+    query = select(generations.c.body).where(generations.c.status == GenerationStatus.CANARY)
+    return next(iter(rows.read(connection, Generation, query)), None)
 
 
 def _may_become(standing: Generation, to: GenerationStatus) -> None:

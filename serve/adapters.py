@@ -16,8 +16,10 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from agent.llm import Endpoint
+from distill.train.proof import PROBES, Proof, read_proof
 from memory.errors import EngineError
 from memory.night_records import Generation
 from serve.engine import BASE_NAME, EngineUnreachableError, request
@@ -28,11 +30,6 @@ log = logging.getLogger(__name__)
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 UNSAFE = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
-PROBES = (
-    "The capital of France is Paris, and the capital of Italy is Rome.",
-    "<|im_start|>user\nWhat is 12 + 30?<|im_end|>\n<|im_start|>assistant\n",
-    "Action: calc(3 * (4 + 5))\nObservation: 27\nAction: finish(27)",
-)
 MIN_DELTA = 1e-3
 """The largest log-prob difference over the probes that an adapter must make, in nats. An adapter that is
 not applied makes none; batching alone made less than 2e-4 in float32."""
@@ -46,11 +43,14 @@ ATTEMPTS = 3
 
 @dataclass(frozen=True)
 class Probe:
-    """How an adapter's log-probs differ from the base model's over the probe prompts, in nats."""
+    """What the engine says of the probe prompts with the adapter, beside what it should say, in nats."""
 
     max_delta: float
+    """From the base model: the largest difference at a token."""
     mean_delta: float
     tokens: int
+    error: float | None = None
+    """From the trainer's own figures: the mean difference. None: the adapter has no `proof.json`."""
 
 
 def adapter_sha256(folder: Path) -> str:
@@ -112,17 +112,20 @@ async def unload(engine: Endpoint, name: str) -> None:
         await request(engine, "POST", "/v1/unload_lora_adapter", {"lora_name": name}, timeout=LOAD_TIMEOUT_S)
 
 
-async def probe(engine: Endpoint, name: str) -> Probe:
-    """Prove that the adapter is applied: its log-probs must differ from the base model's.
+async def probe(engine: Endpoint, name: str, proof: Proof | None = None, tolerance: float = 0.05) -> Probe:
+    """Prove that the adapter is applied: its log-probs must differ from the base model's and, with the trainer's
+    `proof`, be the ones that were trained, within `tolerance` nats on average.
 
-    EngineError when they do not. (Adapters that bind to no module, or that a bug leaves out, serve the
+    EngineError when they are not. (Adapters that bind to no module, or that a bug leaves out, serve the
     base model's answers and look healthy: vLLM #48019, verl #7495.)
     """
-    base, adapted = await asyncio.gather(_logprobs(engine, BASE_NAME), _logprobs(engine, name))
+    prompts: list[Any] = list(PROBES) if proof is None else [row.token_ids for row in proof.rows]
+    base, adapted = await asyncio.gather(_logprobs(engine, BASE_NAME, prompts), _logprobs(engine, name, prompts))
     if len(base) != len(adapted):
         raise EngineError(f"the engine gave {len(adapted)} probe tokens for {name} and {len(base)} for the base model")
     deltas = [abs(a - b) for a, b in zip(adapted, base, strict=True)]
-    result = Probe(max_delta=max(deltas), mean_delta=sum(deltas) / len(deltas), tokens=len(deltas))
+    error = _compared(name, proof, base, adapted, tolerance) if proof is not None else None
+    result = Probe(max(deltas), sum(deltas) / len(deltas), len(deltas), error)
     if not result.max_delta >= MIN_DELTA:
         raise EngineError(
             f"{name} is loaded but changes nothing (largest log-prob difference {result.max_delta:.1e} over "
@@ -131,10 +134,35 @@ async def probe(engine: Endpoint, name: str) -> Probe:
     return result
 
 
-async def _logprobs(engine: Endpoint, model: str) -> list[float]:
-    """The log-probs of the probe prompts' own tokens, in order."""
+def _compared(name: str, proof: Proof, base: list[float], adapted: list[float], tolerance: float) -> float:
+    """The mean distance of the engine's log-probs from the trainer's; EngineError when it is none of rounding."""
+    trained = [value for row in proof.rows for value in row.adapted]
+    plain = [value for row in proof.rows for value in row.base]
+    if len(trained) != len(adapted) or len(plain) != len(adapted):
+        raise EngineError(f"the engine gave {len(adapted)} probe tokens for {name} and the trainer {len(trained)}")
+    noise, error = _distance(base, plain), _distance(adapted, trained)
+    if not noise <= tolerance:
+        raise EngineError(
+            f"{name} was trained on another base model than the engine serves: without the adapter their log-probs "
+            f"differ by {noise:.2g} nats on average, {tolerance:g} may come from rounding (engine.proof_tolerance)"
+        )
+    # Rounding may hide a weak adapter inside the tolerance: nearer to what was trained than to the base all the same.
+    if not error <= tolerance or not error <= _distance(adapted, plain):
+        raise EngineError(
+            f"{name} is not served as it was trained: its log-probs differ from the trainer's by {error:.2g} nats on "
+            f"average, {tolerance:g} may come from rounding (engine.proof_tolerance)"
+        )
+    return error
+
+
+def _distance(one: list[float], other: list[float]) -> float:
+    return sum(abs(a - b) for a, b in zip(one, other, strict=True)) / len(one)
+
+
+async def _logprobs(engine: Endpoint, model: str, prompts: list[Any]) -> list[float]:
+    """The log-probs of the probe prompts' own tokens, in order; the prompts are texts or token ids."""
     # Prompt log-probs, not generated ones: the same tokens on both sides, and never from the prefix cache.
-    payload = {"model": model, "prompt": list(PROBES), "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
+    payload = {"model": model, "prompt": prompts, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
     reply = await request(
         engine, "POST", "/v1/completions", payload | {"return_token_ids": True}, timeout=LOAD_TIMEOUT_S
     )
@@ -166,15 +194,17 @@ class Residency:
     that no request uses and that is not kept (`keep`); when there is none, it waits for one.
     """
 
-    def __init__(self, engine: Endpoint, root: Path, *, max_loras: int = 3) -> None:
+    def __init__(self, engine: Endpoint, root: Path, *, max_loras: int = 3, tolerance: float = 0.05) -> None:
         self._engine = engine
         self._root = root
         self._max = max_loras
+        self._tolerance = tolerance
         self._slots: dict[str, _Slot] = {}
         self._kept: set[str] = set()
         self._clock = 0
         self._changing = asyncio.Lock()
         self._released = asyncio.Condition()
+        self._draining: set[asyncio.Task[None]] = set()
 
     @property
     def resident(self) -> list[str]:
@@ -191,9 +221,23 @@ class Residency:
         slot = self._slots.get(generation.served_name)
         return slot.users if slot else 0
 
+    def expect(self, *generations: Generation) -> None:
+        """Before the engine starts: bring these in with it (`restore`), as many as there is room for, and keep them."""
+        self.keep(*generations)
+        for generation in [g for g in generations if g.adapter_sha256 is not None][: self._max]:
+            self._slots[generation.served_name] = _Slot(generation)
+
     def keep(self, *generations: Generation) -> None:
         """Evict these last (champion and previous): a rollback then switches without a load."""
         self._kept = {generation.served_name for generation in generations}
+
+    def settle(self, *generations: Generation) -> None:
+        """`keep` these after a switch, and unload the others once their last request has ended."""
+        self.keep(*generations)
+        for name in self._slots.keys() - self._kept:
+            task = asyncio.create_task(self._unload_idle(name))
+            self._draining.add(task)
+            task.add_done_callback(self._draining.discard)
 
     async def ensure(self, generation: Generation) -> Probe | None:
         """Make the generation servable: files checked, loaded, proved. None for the base model.
@@ -220,11 +264,13 @@ class Residency:
 
     async def drop(self, generation: Generation) -> None:
         """Unload the generation once its last request has ended; new ones load it again."""
-        async with self._changing:
-            slot = self._slots.pop(generation.served_name, None)
-            if slot is not None:
-                await self._released_when(lambda: not slot.users, f"{generation.served_name} is still in use")
-                await unload(self._engine, generation.served_name)
+        name = generation.served_name
+        while name in self._slots:
+            # Waited for without the lock: meanwhile a switch or a rollback may load.
+            await self._released_when(lambda: not self._users(name), f"{name} is still in use")
+            async with self._changing:
+                if not self._users(name) and self._slots.pop(name, None) is not None:
+                    await unload(self._engine, name)
 
     async def restore(self) -> None:
         """Put back what was resident, after the engine has started again.
@@ -243,8 +289,28 @@ class Residency:
         if failed is not None:
             raise failed
 
+    def _users(self, name: str) -> int:
+        slot = self._slots.get(name)
+        return slot.users if slot else 0
+
+    async def _unload_idle(self, name: str) -> None:
+        """`drop` behind a switch, unless the generation is wanted again meanwhile."""
+        slot = self._slots.get(name)
+        try:
+            await self._released_when(lambda: not self._users(name) or name in self._kept, f"{name} is still in use")
+            async with self._changing:
+                if slot is self._slots.get(name) and slot is not None and not slot.users and name not in self._kept:
+                    del self._slots[name]
+                    await unload(self._engine, name)
+        except EngineError as exc:
+            log.warning("%s stays loaded: %s", name, exc)
+
     async def _acquire(self, generation: Generation, users: int) -> _Slot:
         slot = self._slots.get(generation.served_name)
+        if slot is not None and slot.probe is None:
+            # Expected with the engine's start, which is not over: it serves nothing unproved.
+            await self._engine.wait_ready(READY_TIMEOUT_S)
+            slot = self._slots.get(generation.served_name)
         for attempt in range(ATTEMPTS):
             if slot is not None:
                 break
@@ -273,10 +339,13 @@ class Residency:
 
     async def _bring_in(self, generation: Generation) -> Probe:
         folder = await asyncio.to_thread(verify, generation, self._root)
+        proof = await asyncio.to_thread(read_proof, folder)
         name = generation.served_name
+        if proof is None:
+            log.warning("%s has no proof.json (an older trainer's): proved is only that it changes the answers", name)
         await load(self._engine, name, folder)
         try:
-            return await probe(self._engine, name)
+            return await probe(self._engine, name, proof, self._tolerance)
         except EngineError:
             await self._try_unload(name)
             raise

@@ -20,10 +20,12 @@ from memory.records import FeedbackKind, MemoryStatus, Purpose
 from serve.batch import ResultsFile, read_tasks, run_lines
 from serve.client import Client
 from serve.settings import Settings
+from memory.night_records import GenerationStatus
 from serve.wiring import running_service
 
 FINAL = ("succeeded", "failed", "cancelled")
 
+from serve.watching import standing
 
 def progress_bar(console: Console) -> Progress:
     """The progress bar of every long stage; a non-interactive terminal gets the finished bar only."""
@@ -155,7 +157,7 @@ def print_generations(ledger: Ledger, console: Console) -> None:
     for g in ledger.generations():
         table.add_row(
             str(g.number),
-            g.status,
+            f"canary {g.metrics['canary']['share']:.0%}" if g.status is GenerationStatus.CANARY else g.status,
             str(g.parent) if g.parent is not None else "-",
             g.served_name,
             g.night_id or "-",
@@ -204,3 +206,12 @@ def print_evaluations(evaluations: Sequence[dict[str, Any]], console: Console) -
                 evaluation["suite"], workload, str(evaluation["generation"]), share(sum(results), len(results))
             )
     console.print(table)
+    switches = ledger.promotions()
+    if switches:
+        last = switches[-1]
+        rows["last switch"] = f"{last.from_generation} -> {last.to_generation} by {last.by}: {last.why}"
+    for found in standing(ledger, settings.watch):
+        rows["watch"] = f"generation {found['generation']} against {found['against']}: {found['told']}"
+    if settings.teacher.model:
+        mine = [f for f in escalations.figures(ledger.database) if champion and f.generation == champion.number]
+        rows["teacher"] = f"{settings.teacher.model}; {help_needed(mine[0]) if mine else 'not needed by the champion'}"

@@ -60,6 +60,14 @@ class EngineConfig(BaseModel):
     omp_threads: int | None = Field(
         default=None, ge=1, description="CPU: compute threads, unpinned; default: vLLM's choice"
     )
+    proof_tolerance: float = Field(
+        default=0.05,
+        gt=0,
+        description="nats on average by which a loaded adapter's log-probs may differ from the trainer's",
+    )
+    during_training: Literal["share", "sleep", "stop"] = Field(
+        default="share", description="beside the trainer on its GPU, or out of its way: sleep keeps the process"
+    )
     extra_args: list[str] = Field(default_factory=list, description="further arguments of vLLM's server")
     start_timeout_s: float = Field(default=900.0, gt=0)
     max_restarts: int = Field(default=5, ge=0, description="within restart_window_s; one more and it has failed")

@@ -6,13 +6,16 @@ starts and holds it (`Residency.using`) until it ends, so a switch drops nothing
 
 from __future__ import annotations
 
+import hashlib
 import re
 from contextlib import suppress
+from typing import Any
 
 from agent.state import ModelRef
-from memory.errors import ConflictError, NotFoundError, UnknownModelError
+from memory.errors import ConfigError, ConflictError, NotFoundError, UnknownModelError
 from memory.ledger import Ledger
 from memory.night_records import Generation, GenerationStatus, Promotion
+from memory.records import Task, text_of
 from serve.adapters import Residency
 
 AGENT_MODEL = "nightschool"
@@ -26,19 +29,35 @@ def ensure_base(ledger: Ledger, base_model: str) -> None:
         ledger.add_generation(Generation(number=0, base_model=base_model, status=GenerationStatus.CHAMPION))
 
 
-def resolve(ledger: Ledger, model: str) -> tuple[bool, Generation]:
+def resolve(ledger: Ledger, model: str, asker: str | None = None) -> tuple[bool, Generation]:
     """(with the agent?, generation) of a model name: nightschool[:gen-N], champion, gen-N.
 
+    `asker` (see `asker_of`) decides whether a canary answers in the champion's place; nobody's does not.
     UnknownModelError for any other name, with the ones there are.
     """
     name, _, suffix = model.partition(":")
     if model in (AGENT_MODEL, CHAMPION_MODEL):
-        return model == AGENT_MODEL, ledger.serving()
+        canary = ledger.canary() if asker is not None else None
+        chosen = canary if canary is not None and _gets(canary, str(asker)) else ledger.serving()
+        return model == AGENT_MODEL, chosen
     found = _GENERATION.fullmatch(suffix if name == AGENT_MODEL else model)
     if found is not None:
         with suppress(NotFoundError):
             return name == AGENT_MODEL, ledger.generation(int(found.group(1)))
     raise UnknownModelError(f"The model {model!r} does not exist; there are: {', '.join(model_names(ledger))}")
+
+
+def asker_of(task: Task) -> str:
+    """Who asks, for a canary to be the same to them every time: the user whom the request names, else the conversation
+    by its first words. (The key would not do: one application's would send all of its users one way.)"""
+    first = next((text_of(m) for m in task.messages if m.get("role") == "user"), "")
+    return f"{task.tenant}/{task.safety_identifier or task.user or f'said {first}'}"
+
+
+def _gets(canary: Generation, asker: str) -> bool:
+    # The number is hashed along: every canary meets other users first.
+    digest = hashlib.sha256(f"{canary.number}/{asker}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64 < canary.metrics["canary"]["share"]
 
 
 def model_names(ledger: Ledger) -> list[str]:
@@ -52,27 +71,89 @@ def model_ref(generation: Generation) -> ModelRef:
     return ModelRef(generation=generation.number, name=generation.served_name)
 
 
-async def promote(ledger: Ledger, residency: Residency, number: int, *, why: str, by: str) -> Promotion:
+async def promote(
+    ledger: Ledger,
+    residency: Residency,
+    number: int,
+    *,
+    why: str,
+    by: str,
+    expected_from: int | None = None,
+    evidence: dict[str, Any] | None = None,
+) -> Promotion:
     """Make generation `number` the champion: load and prove it first, then one ledger transaction.
 
+    The champion before stays loaded for a rollback; what served before it goes once its last request has ended.
     EngineError when the engine cannot serve it; ConflictError when it was rejected or already serves,
-    or when another switch came first.
+    or when another switch came first (since `expected_from` was champion).
     """
     generation = ledger.generation(number)
     champion = ledger.champion()
     if champion.number == number:
         raise ConflictError(f"generation {number} is the champion already")
+    if expected_from not in (None, champion.number):
+        raise ConflictError(f"the champion is generation {champion.number}, not {expected_from}: it changed meanwhile")
     if generation.status is GenerationStatus.REJECTED:
         raise ConflictError(f"generation {number} was rejected by the gate and cannot be promoted")
     await residency.ensure(generation)
-    promotion = ledger.promote(number, why=why, by=by, expected_from=champion.number)
-    residency.keep(generation, champion)
+    promotion = ledger.promote(number, why=why, by=by, expected_from=champion.number, evidence=evidence)
+    residency.settle(generation, champion, *_canary(ledger))
     return promotion
 
 
+async def begin_canary(
+    ledger: Ledger, residency: Residency, number: int, share: float, *, why: str, by: str
+) -> Generation:
+    """Give generation `number` a share of the users, the same ones every time: loaded and proved first.
+
+    EngineError, ConflictError as `promote`; ConfigError for a share outside 0..1. One canary at a time: another's
+    users go back to the champion.
+    """
+    if not 0 < share < 1:
+        raise ConfigError(f"a canary's share lies between 0 and 1, got {share:g}")
+    generation, champion = ledger.generation(number), ledger.champion()
+    if generation.number == champion.number:
+        raise ConflictError(f"generation {number} is the champion already")
+    if generation.status is GenerationStatus.REJECTED:
+        raise ConflictError(f"generation {number} was rejected by the gate and cannot serve")
+    await residency.ensure(generation)
+    begun = ledger.begin_canary(number, share, why=why, by=by)
+    residency.settle(champion, begun)
+    return begun
+
+
 async def rollback(ledger: Ledger, residency: Residency, *, why: str, by: str) -> Promotion:
-    """Back to the generation that served before the champion. ConflictError when there was none."""
+    """Undo the last switch: end the canary, or go back to the generation that served before the champion.
+
+    ConflictError when there was none.
+    """
+    if ledger.canary() is not None:
+        return ledger.end_canary(why=why, by=by)
     return await promote(ledger, residency, previous_champion(ledger), why=why, by=by)
+
+
+def ancestry(ledger: Ledger) -> set[int]:
+    """The champion and every generation that it was trained from, one after the other."""
+    parents = {generation.number: generation.parent for generation in ledger.generations()}
+    line: set[int] = set()
+    number: int | None = ledger.champion().number
+    while number is not None and number not in line:
+        line.add(number)
+        number = parents.get(number)
+    return line
+
+
+def expect_serving(ledger: Ledger, residency: Residency) -> None:
+    """Have the engine start with what serves and what a rollback would bring back."""
+    wanted = [ledger.champion(), *_canary(ledger)]
+    with suppress(ConflictError):
+        wanted.append(ledger.generation(previous_champion(ledger)))
+    residency.expect(*wanted)
+
+
+def _canary(ledger: Ledger) -> list[Generation]:
+    canary = ledger.canary()
+    return [canary] if canary is not None else []
 
 
 def previous_champion(ledger: Ledger) -> int:

@@ -97,7 +97,7 @@ def drain_first(server: Any, gate: Gate, loop: asyncio.AbstractEventLoop) -> Non
 async def _serve(settings: Settings, listener: socket.socket, print_first_key: bool) -> None:
     import uvicorn
 
-    from serve import batch_run, durable, schedule
+    from serve import batch_run, durable, schedule, watching
     from serve.api.app import create_app
     from serve.night import NightSchool
     from serve.wiring import announce, build
@@ -129,7 +129,8 @@ async def _serve(settings: Settings, listener: socket.socket, print_first_key: b
             url = local_url(listener)
             announce(settings.data_dir, url, token)
             log.info("OpenAI-compatible endpoint on %s/v1", url)
-            async with schedule.kept(settings.night.schedule, lambda: nights.start({})):
+            by_the_clock = schedule.kept(settings.night.schedule, lambda: nights.start({}), nights.newest)
+            async with by_the_clock, watching.kept(services):
                 await server.serve(sockets=[listener])
         finally:
             await asyncio.to_thread(durable.shut_down)

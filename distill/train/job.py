@@ -21,6 +21,7 @@ from distill.train.loop import steps_of
 from distill.train.model import load_policy, load_tokenizer, save_adapter
 from distill.train.progress import Progress, last_checkpoint, write_whole
 from distill.train.render import Pair, Row, read_examples, render_pair, render_row
+from distill.train.proof import write_proof
 from distill.train.sft import sft_trainer
 from memory.errors import TrainingError
 from memory.records import ExampleKind, content_hash
@@ -225,3 +226,4 @@ def _discard_other_work(job: TrainJob, main: bool) -> None:
         (job.work_dir / f"{phase}.json").unlink(missing_ok=True)
     job.work_dir.mkdir(parents=True, exist_ok=True)
     write_whole(key_file, key)
+    write_proof(job.base_model, ready)

@@ -13,7 +13,7 @@ from evals.runner import evaluate
 from memory.errors import ConfigError
 from memory.lineage import runs_of_tenant
 from memory.night_records import Evaluation, Generation
-from serve import diff, lineage, promotion
+from serve import diff, lineage, promotion, watching
 from serve.api.auth import Caller, Scope, caller_of, requires
 from serve.stages.evaluation import store_evaluation
 from serve.suites import configured_suites
@@ -34,6 +34,13 @@ class PromotionRequest(BaseModel):
 
 
 class EvaluationRequest(BaseModel):
+class SwitchRequest(PromotionRequest):
+    """`POST /v1/generations/{number}/promote`."""
+
+    canary: float | None = Field(default=None, gt=0, lt=1)
+    """A share of the users, the same ones every time; None = all."""
+
+
     """`POST /v1/evaluations`: run suites on one generation."""
 
     model_config = ConfigDict(extra="forbid")
@@ -79,12 +86,20 @@ async def list_generations(request: Request) -> dict[str, Any]:
 
 
 @router.post("/v1/generations/{number}/promote")
-async def promote(number: int, body: PromotionRequest, request: Request) -> dict[str, Any]:
-    services = _services(request)
-    done = await promotion.promote(
-        services.ledger, services.residency, number, why=body.why, by=caller_of(request).name
-    )
-    return done.model_dump(mode="json")
+async def promote(number: int, body: SwitchRequest, request: Request) -> dict[str, Any]:
+    """Serve a generation to all, or with `canary` to a share of the users: then the reply is the generation."""
+    services, by = _services(request), caller_of(request).name
+    parts = (services.ledger, services.residency, number)
+    if body.canary is not None:
+        return generation_object(await promotion.begin_canary(*parts, body.canary, why=body.why, by=by))
+    return (await promotion.promote(*parts, why=body.why, by=by)).model_dump(mode="json")
+
+
+@router.get("/v1/watch")
+def watch(request: Request) -> dict[str, Any]:
+    """The generations on probation, and what live outcomes say of them so far."""
+    services, tenant = _services(request), caller_of(request).tenant
+    return {"object": "list", "data": watching.standing(services.ledger, services.settings.watch, tenant)}
 
 
 @router.post("/v1/generations/rollback")

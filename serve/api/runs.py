@@ -78,7 +78,7 @@ async def answer(
     where the request's `metadata` has none.
     A run that ended in an error of the engine or the request raises it; the ledger then has nothing of it.
     """
-    with_agent, generation = promotion.resolve(services.ledger, request.model)
+    with_agent, generation = promotion.resolve(services.ledger, request.model, promotion.asker_of(task))
     deps, asked = services.deps, task
     if not resumable:
         deps = replace(deps, checkpointer=None)

@@ -13,7 +13,6 @@ from statistics import median
 from typing import Any
 
 from evals.bench import BenchResult, result
-from memory.night_records import Generation, GenerationStatus
 from memory.records import Example, ExampleKind, Task
 from serve.settings import Settings
 
@@ -187,39 +186,6 @@ def _stock(settings: Settings, base: Path, examples: list[Example], folder: Path
     )
     report = json.loads(done.stdout.strip().splitlines()[-1])
     return report["tokens"] / report["seconds"]
-
-
-def swap(settings: Settings, rounds: int = 5) -> BenchResult:
-    """Median seconds of each step of a hot-load, with an adapter of the settings' rank and random weights."""
-    with tempfile.TemporaryDirectory() as folder:
-        return asyncio.run(_bench_swap(settings, Path(folder), rounds))
-
-
-async def _bench_swap(settings: Settings, folder: Path, rounds: int) -> BenchResult:
-    from serve import adapters
-
-    seconds: dict[str, list[float]] = {"load": [], "probe": [], "unload": []}
-    async with live_engine(settings, folder) as (running, base):
-        for number in range(1, rounds + 1):
-            path = folder / f"adapter-{number}"
-            await asyncio.to_thread(_random_adapter, settings, base, path, number)
-            generation = Generation(
-                number=number,
-                base_model=settings.model,
-                adapter_path=str(path),
-                adapter_sha256=adapters.adapter_sha256(path),
-                status=GenerationStatus.CANDIDATE,
-            )
-            for name, act in (
-                ("load", lambda g=generation, p=path: adapters.load(running, g.served_name, p)),
-                ("probe", lambda g=generation: adapters.probe(running, g.served_name)),
-                ("unload", lambda g=generation: adapters.unload(running, g.served_name)),
-            ):
-                started = time.perf_counter()
-                await act()
-                seconds[name].append(time.perf_counter() - started)
-    figures: dict[str, Any] = {f"{name}_s": round(median(values), 3) for name, values in seconds.items()}
-    return result("swap", figures | {"rounds": rounds}, {})
 
 
 def _random_adapter(settings: Settings, base: Path, out: Path, seed: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from memory.errors import ConflictError
 from memory.night_records import GenerationStatus
 from serve import promotion
 from serve.reports import write_night_report
@@ -10,7 +9,7 @@ from serve.stages.night_run import NightRun, Output
 
 
 def publish(run: NightRun) -> Output:
-    """Switch to the candidate, or reject it."""
+    """Switch to the candidate, at once or by a canary; or reject it."""
     services, decision = run.services, run.done("decide")
     number = run.done("train")["generation"]
     if decision["verdict"] != "promote":
@@ -18,15 +17,23 @@ def publish(run: NightRun) -> Output:
             services.ledger.advance_generation(number, GenerationStatus.REJECTED)
         run.emit("publish", f"generation {number} rejected: {decision['verdict']}")
         return {"promoted": False}
-    if services.ledger.champion().number != number:
-        why = f"night {run.night.id}: {decision['reasons'][0]}"
-        try:
-            run.wait(promotion.promote(services.ledger, services.residency, number, why=why, by="night"))
-        except ConflictError:
-            if services.ledger.champion().number != number:
-                raise
-    run.emit("publish", f"generation {number} is the champion")
+    # A night that was killed behind its switch finds no candidate, and leaves alone what the watch did since.
+    if services.ledger.generation(number).status is GenerationStatus.CANDIDATE:
+        run.wait(_switch(run, number, f"night {run.night.id}: {decision['reasons'][0]}"))
+    status = services.ledger.generation(number).status
+    share = f"gets {services.settings.watch.canary:.0%} of the users first" if status is GenerationStatus.CANARY else ""
+    run.emit("publish", f"generation {number} {share or 'is the champion'}")
     return {"promoted": True}
+
+
+async def _switch(run: NightRun, number: int, why: str) -> None:
+    services, share = run.services, run.services.settings.watch.canary
+    ledger, residency = services.ledger, services.residency
+    if share:
+        await promotion.begin_canary(ledger, residency, number, share, why=why, by="night")
+        return
+    judged_against = run.done("snapshot")["champion"]
+    await promotion.promote(ledger, residency, number, why=why, by="night", expected_from=judged_against)
 
 
 def report(run: NightRun) -> Output:

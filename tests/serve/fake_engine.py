@@ -1,9 +1,10 @@
 """A small stand-in for vLLM: a real process with the same HTTP routes, and faults on request.
 
 Run by `fake_python` in place of the engine's interpreter. `NIGHTSCHOOL_FAKE` (JSON) switches faults on:
-`die_at_start`, `unhealthy`; `chat_s` and `chat_log` are how long a chat takes and where its question is
-written down. Adapters whose folder name says `empty` change nothing; ones that say
-`refused` are refused.
+`die_at_start`, `unhealthy`, `sleep_harms` (adapters change nothing after a sleep); `chat_s` and `chat_log` are how
+long a chat takes and where its question is written down. Adapters whose folder name says `empty` change nothing;
+ones that say `refused` are refused, ones that say `wrong` are applied wrongly. An adapter with a `says.txt` answers
+with it.
 """
 
 from __future__ import annotations
@@ -28,6 +29,13 @@ def fake_python(folder: Path) -> Path:
     return script
 
 
+def shift_of(folder: str | None) -> float:
+    """By how much an adapter's log-probs differ from the base model's."""
+    if folder is None or "empty" in folder:
+        return 0.0
+    return 0.75 if "wrong" in folder else 0.25
+
+
 class FakeVLLM(ThreadingHTTPServer):
     """The server's state."""
 
@@ -39,6 +47,9 @@ class FakeVLLM(ThreadingHTTPServer):
         self.adapters: dict[str, str] = {}
         self.calls: list[str] = []
         self.unhealthy = False
+        self.asleep = False
+        self.sleep_harms = False
+        self.harmed = False
         self.chat_s = 0.0
         self.chat_log: Path | None = None
 
@@ -63,8 +74,16 @@ class Handler(BaseHTTPRequestHandler):
             self._send(404, {"error": {"message": "no such route"}})
 
     def do_POST(self) -> None:
-        payload = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        payload = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or b"null")
         if not self._allowed():
+            return
+        if self.path.startswith(("/sleep", "/wake_up")):
+            self.server.asleep = self.path.startswith("/sleep")
+            self.server.harmed = self.server.harmed or self.server.sleep_harms
+            self._send(200, {"status": self.path})
+            return
+        if self.server.asleep:
+            self._send(500, {"error": {"message": "the engine is asleep"}})
             return
         adapters = self.server.adapters
         if self.path == "/v1/load_lora_adapter":
@@ -84,8 +103,8 @@ class Handler(BaseHTTPRequestHandler):
         elif self.path == "/v1/chat/completions":
             self._send(200, self._chat(payload))
         else:
-            changed = payload["model"] != "base" and "empty" not in adapters[payload["model"]]
-            self._send(200, {"choices": [self._choice(i, changed) for i in range(len(payload["prompt"]))]})
+            choices = [self._choice(i, payload["model"], prompt) for i, prompt in enumerate(payload["prompt"])]
+            self._send(200, {"choices": choices})
 
     def _chat(self, payload: dict[str, Any]) -> dict[str, Any]:
         """Always the same answer; the question is written down once it has been answered."""
@@ -93,7 +112,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.server.chat_log is not None:
             with self.server.chat_log.open("a") as log:
                 log.write(json.dumps(payload["messages"][-1]["content"]) + "\n")
-        text = "Action: finish(3)" if "structured_outputs" in payload else "Hello there."
+        text = self._said(payload["model"])
+        text = f"Action: finish({text or 3})" if "structured_outputs" in payload else text or "Hello there."
         message = {"role": "assistant", "content": text}
         return {
             "id": "chatcmpl-1",
@@ -105,10 +125,15 @@ class Handler(BaseHTTPRequestHandler):
             "usage": {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5},
         }
 
-    def _choice(self, index: int, changed: bool) -> dict[str, Any]:
-        shift = 0.25 if changed else 0.0
-        logprobs = [None] + [{str(token): {"logprob": -1.0 - token - shift}} for token in (2, 3)]
-        return {"index": index, "prompt_token_ids": [1, 2, 3], "prompt_logprobs": logprobs}
+    def _said(self, model: str) -> str:
+        says = Path(self.server.adapters.get(model, "nowhere")) / "says.txt"
+        return says.read_text() if says.is_file() else ""
+
+    def _choice(self, index: int, model: str, prompt: str | list[int]) -> dict[str, Any]:
+        tokens = prompt if isinstance(prompt, list) else [1, 2, 3]
+        shift = 0.0 if self.server.harmed else shift_of(self.server.adapters.get(model))
+        logprobs = [None] + [{str(token): {"logprob": -1.0 - token - shift}} for token in tokens[1:]]
+        return {"index": index, "prompt_token_ids": tokens, "prompt_logprobs": logprobs}
 
     def _allowed(self) -> bool:
         if self.headers.get("Authorization") == f"Bearer {self.server.key}":
@@ -137,6 +162,7 @@ def main() -> None:
     port = int(sys.argv[sys.argv.index("--port") + 1])
     server = FakeVLLM(port, os.environ["VLLM_API_KEY"])
     server.unhealthy = bool(faults.get("unhealthy"))
+    server.sleep_harms = bool(faults.get("sleep_harms"))
     server.chat_s = float(faults.get("chat_s", 0))
     server.chat_log = Path(faults["chat_log"]) if "chat_log" in faults else None
     server.serve_forever()

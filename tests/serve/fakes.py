@@ -49,7 +49,7 @@ class FakeResidency:
     async def ensure(self, generation: Generation) -> None:
         self.loaded.append(generation.served_name)
 
-    def keep(self, *generations: Generation) -> None:
+    def settle(self, *generations: Generation) -> None:
         return None
 
     @asynccontextmanager
@@ -134,7 +134,7 @@ def running_server(settings: Settings, script: Callable[[ChatRequest], str | Exc
     """As `running`; signals are given by calling the server's `handle_exit`."""
     import uvicorn
 
-    from serve import batch_run, durable
+    from serve import batch_run, durable, watching
     from serve.api.app import create_app
     from serve.night import NightSchool
     from serve.server import bind, drain_first
@@ -156,7 +156,8 @@ def running_server(settings: Settings, script: Callable[[ChatRequest], str | Exc
             held.update(server=server, services=services)
             started.set()
             try:
-                await server.serve(sockets=[listener])
+                async with watching.kept(services):
+                    await server.serve(sockets=[listener])
             finally:
                 await asyncio.to_thread(durable.shut_down)
 

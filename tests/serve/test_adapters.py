@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from distill.train.proof import PROOF, WEIGHTS, Proof, ProofRow, sha256_of
 from memory.errors import EngineError
 from memory.night_records import Generation, GenerationStatus
 from serve import adapters
@@ -51,6 +52,20 @@ def generation(root: Path, number: int, folder: str | None = None) -> Generation
         adapter_sha256=adapter_sha256(path),
         status=GenerationStatus.CANDIDATE,
     )
+
+
+def prove(folder: Path, *, base: float = 0.0, adapted: float = 0.25) -> None:
+    """What the trainer would have written, had it found the adapter to shift log-probs so much."""
+    rows = [
+        ProofRow(
+            token_ids=ids,
+            base=[-1.0 - token - base for token in ids[1:]],
+            adapted=[-1.0 - token - adapted for token in ids[1:]],
+        )
+        for ids in ([5, 6, 7, 8], [9, 3])
+    ]
+    proof = Proof(weights_sha256=sha256_of(folder / WEIGHTS), dtype="float32", rows=rows)
+    (folder / PROOF).write_text(proof.model_dump_json())
 
 
 BASE = Generation(number=0, base_model="model", status=GenerationStatus.CHAMPION)
@@ -127,6 +142,74 @@ def test_an_adapter_that_changes_nothing_is_refused_and_unloaded(engine: Endpoin
         assert residency.resident == []
 
     asyncio.run(scenario())
+
+
+def test_an_adapter_that_answers_as_it_was_trained_is_proved_by_the_trainers_figures(
+    engine: Endpoint, tmp_path: Path
+) -> None:
+    one = generation(tmp_path, 1)
+    prove(tmp_path / "adapter-1", adapted=0.26)
+    found = asyncio.run(Residency(engine, tmp_path).ensure(one))
+    assert found is not None
+    assert found.error == pytest.approx(0.01)
+    assert (found.max_delta, found.tokens) == (pytest.approx(0.25), 4)
+
+
+def test_an_adapter_without_the_trainers_figures_is_served_on_the_weaker_proof_which_is_said(
+    engine: Endpoint, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = asyncio.run(Residency(engine, tmp_path).ensure(generation(tmp_path, 1)))
+    assert found is not None
+    assert found.error is None
+    assert "has no proof.json" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("folder", "proved", "why"),
+    [
+        ("wrong", {}, "not served as it was trained.* 0.5 nats"),
+        ("adapter-1", {"base": 0.3, "adapted": 0.25}, "another base model"),
+        ("adapter-1", {"adapted": 0.19}, "not served as it was trained"),
+        ("empty", {"adapted": 0.04}, "not served as it was trained"),
+    ],
+)
+def test_an_adapter_that_answers_otherwise_than_it_was_trained_is_refused_and_unloaded(
+    engine: Endpoint, tmp_path: Path, folder: str, proved: dict[str, float], why: str
+) -> None:
+    one = generation(tmp_path, 1, folder)
+    prove(tmp_path / folder, **proved)
+
+    async def scenario() -> None:
+        residency = Residency(engine, tmp_path)
+        with pytest.raises(EngineError, match=why):
+            await residency.ensure(one)
+        assert await loaded(engine) == set()
+        assert residency.resident == []
+
+    asyncio.run(scenario())
+
+
+def test_the_tolerance_is_a_setting(engine: Endpoint, tmp_path: Path) -> None:
+    one = generation(tmp_path, 1)
+    prove(tmp_path / "adapter-1", adapted=0.19)
+    assert asyncio.run(Residency(engine, tmp_path, tolerance=0.07).ensure(one)) is not None
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"dtype": "float32"}'])
+def test_a_proof_that_cannot_be_read_is_no_proof(engine: Endpoint, tmp_path: Path, text: str) -> None:
+    one = generation(tmp_path, 1)
+    (tmp_path / "adapter-1" / PROOF).write_text(text)
+    with pytest.raises(EngineError, match="cannot be read as a proof"):
+        asyncio.run(Residency(engine, tmp_path).ensure(one))
+    assert engine.server.calls == []
+
+
+def test_a_proof_of_other_weights_is_no_proof(engine: Endpoint, tmp_path: Path) -> None:
+    one, _ = generation(tmp_path, 1), generation(tmp_path, 2)
+    prove(tmp_path / "adapter-2")
+    (tmp_path / "adapter-2" / PROOF).rename(tmp_path / "adapter-1" / PROOF)
+    with pytest.raises(EngineError, match="other weights"):
+        asyncio.run(Residency(engine, tmp_path).ensure(one))
 
 
 def test_the_engines_own_words_are_passed_on_when_it_refuses(engine: Endpoint, tmp_path: Path) -> None:
@@ -241,6 +324,61 @@ def test_dropping_waits_for_the_last_request(engine: Endpoint, tmp_path: Path) -
             assert await loaded(engine) == {one.served_name}
         await dropping
         assert await loaded(engine) == set()
+
+    asyncio.run(scenario())
+
+
+def test_after_a_switch_what_is_not_kept_is_unloaded_once_its_last_request_has_ended(
+    engine: Endpoint, tmp_path: Path
+) -> None:
+    async def scenario() -> None:
+        oldest, previous, champion = (generation(tmp_path, n) for n in (1, 2, 3))
+        residency = Residency(engine, tmp_path, max_loras=4)
+        for each in (oldest, previous, champion):
+            await residency.ensure(each)
+        async with residency.using(oldest):
+            residency.settle(champion, previous)
+            await asyncio.sleep(0.05)
+            assert oldest.served_name in await loaded(engine)
+            await residency.ensure(generation(tmp_path, 4))  # draining holds nobody up
+        while oldest.served_name in await loaded(engine):
+            await asyncio.sleep(0.01)
+        assert {previous.served_name, champion.served_name} <= await loaded(engine)
+
+    asyncio.run(asyncio.wait_for(scenario(), 10))
+
+
+def test_what_is_wanted_again_before_it_has_drained_stays(engine: Endpoint, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        one, two = (generation(tmp_path, n) for n in (1, 2))
+        residency = Residency(engine, tmp_path)
+        await residency.ensure(one)
+        async with residency.using(one):
+            residency.settle(two)
+            await asyncio.sleep(0)
+            residency.settle(one)
+        await asyncio.sleep(0.05)
+        assert await loaded(engine) == {one.served_name}
+
+    asyncio.run(scenario())
+
+
+def test_what_is_expected_comes_in_with_the_engine_and_serves_nothing_unproved(
+    engine: Endpoint, tmp_path: Path
+) -> None:
+    class Starting(Endpoint):
+        async def wait_ready(self, timeout: float) -> None:
+            await residency.restore()
+
+    one, two = (generation(tmp_path, n) for n in (1, 2))
+    residency = Residency(Starting(engine.server), tmp_path, max_loras=1)
+    residency.expect(BASE, one, two)
+
+    async def scenario() -> None:
+        found = await residency.ensure(one)
+        assert found is not None
+        assert found.max_delta == pytest.approx(0.25)
+        assert await loaded(engine) == {one.served_name}
 
     asyncio.run(scenario())
 
