@@ -140,8 +140,9 @@ class _Standing:
     def _night(self, night: Night) -> Iterator[GaugeMetricFamily]:
         told = standing(read_events(self._services.settings.night_dir(night.id)))
         family = GaugeMetricFamily("nightschool_night_stage", "The stage a night is in.", labels=["stage"])
-        for stage in STAGES:
-            family.add_metric([stage], stage == told.get("stage"))
+        at = told.get("stage", next(iter(STAGES)))
+        for stage in dict.fromkeys((*STAGES, at)):
+            family.add_metric([stage], stage == at)
         yield family
         for name, what in FIGURES.items():
             if name in told:

@@ -223,6 +223,8 @@ def _story(ledger: Ledger, night: Night, status: NightStatus, gate: GateDecision
             f"Of {row.n} tasks that neither had been trained on, generation {champion} solved {row.champion} and "
             f"generation {night.candidate} solved {row.candidate}."
         )
+    if gate and gate.verdict == "not_enough_evidence":
+        story.append("The difference may be chance: that is not enough to change what serves.")
     lost = [row for row in gate.table if row.role == "control" and row.state == "lost"] if gate else []
     story += [f"It lost what it could do before: {r.suite}, {r.champion} to {r.candidate} of {r.n}." for r in lost]
     for later in ledger.promotions():

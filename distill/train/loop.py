@@ -87,10 +87,14 @@ class SteadyLoop:
     train_dataset: Any
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        def epoch() -> int:
-            return self.state.global_step * int(self.args.num_train_epochs) // max(1, self.state.max_steps)
+        args, rows = self.args, len(self.train_dataset)
+        batches = math.ceil(math.ceil(rows / args.world_size) / args.train_batch_size)
+        steps = max(1, math.ceil(batches / args.gradient_accumulation_steps))
 
-        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        def epoch() -> int:
+            return self.state.global_step // steps
+
+        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         return LengthOrder(list(self.train_dataset["length"]), batch, self.args.seed, epoch)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

@@ -34,6 +34,9 @@ class Progress:
     offset: int = 0
     """Steps and tokens of the phases before the present one."""
     tokens_before: int = 0
+    max_tokens: int | None = None
+    max_seconds: float | None = None
+    """The run's budget (`TrainJob`)."""
     seconds_before: float = 0.0
     """Wall time of earlier, interrupted attempts."""
     began: float = field(default_factory=time.monotonic)
@@ -43,6 +46,19 @@ class Progress:
     def seconds(self) -> float:
         """Wall time of the run so far."""
         return self.seconds_before + time.monotonic() - self.began
+
+    def spent(self, tokens: int) -> bool:
+        """Whether the budget allows no further step after `tokens`. All processes of a run are told the same."""
+        if self.max_tokens is not None and tokens >= self.max_tokens:
+            return True
+        if self.max_seconds is None:
+            return False
+        late = self.seconds >= self.max_seconds
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            return late
+        from accelerate.utils import broadcast_object_list
+
+        return bool(broadcast_object_list([late])[0])
 
     def say(self, event: str, **figures: Any) -> None:
         """One line: the event (start, cache, step, checkpoint, done, error) with its figures."""
@@ -64,10 +80,16 @@ def callback_class() -> type:
             self.progress, self.phase, self.cached = progress, phase, cached
             self.first = 0
             self.began = 0.0
+            self.seen = 0
             self.told = False
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.first, self.began = state.global_step, time.monotonic()
+            self.seen = int(state.num_input_tokens_seen)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if self.progress.spent(self.progress.tokens_before + int(state.num_input_tokens_seen)):
+                control.should_training_stop = True
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
             if not logs or "loss" not in logs:
@@ -77,10 +99,12 @@ def callback_class() -> type:
                 raise TrainingError(f"the {self.phase} loss is {loss} at step {step}; lower the learning rate")
             progress = self.progress
             done, total = progress.offset + step, max(progress.steps, progress.offset + state.max_steps)
-            pace = (time.monotonic() - self.began) / max(1, step - self.first)
+            took = time.monotonic() - self.began
+            pace = took / max(1, step - self.first)
+            speed = (int(state.num_input_tokens_seen) - self.seen) / max(took, 1e-9)
             tokens = progress.tokens_before + int(state.num_input_tokens_seen)
             figures = {"phase": self.phase, "step": done, "steps": total, "loss": loss, "tokens": tokens}
-            progress.say("step", **figures, eta_s=round(pace * (total - done), 1))
+            progress.say("step", **figures, tokens_per_s=round(speed, 1), eta_s=round(pace * (total - done), 1))
             if not self.told and (cached := self.cached()) is not None:
                 self.told = True
                 progress.say("cache", phase=self.phase, **cached)

@@ -63,10 +63,12 @@ def sft_trainer(
     config: TrainConfig,
     folder: Path,
     progress: Progress,
+    steps: int | None = None,
 ) -> Any:
     """The trainer for `rows`, its checkpoints in `folder`; `train(resume_from_checkpoint=…)` runs it.
 
-    `config.profile` must be one that the architecture can do (`fast.skippable` for `upper-cached`).
+    `steps`: that many instead of all epochs. `config.profile` must be one that the architecture can do
+    (`fast.skippable` for `upper-cached`).
     """
     from datasets import Dataset
     from trl.trainer.sft_config import SFTConfig
@@ -97,7 +99,8 @@ def sft_trainer(
         learning_rate=config.learning_rate,
         packing=False,
         dataset_kwargs={"skip_prepare_dataset": True},
-        **loop_settings(config, folder, steps_of(len(rows), config.batch_size, config.epochs, config)),
+        max_steps=-1 if steps is None else steps,
+        **loop_settings(config, folder, steps or steps_of(len(rows), config.batch_size, config.epochs, config)),
     )
     trainer = trainer_class()(
         model=model, processing_class=tokenizer, args=args, train_dataset=dataset, data_collator=collate

@@ -21,6 +21,10 @@ class CancelledNightError(NightschoolError):
     """Somebody asked for the night to stop."""
 
 
+class OverBudgetError(NightschoolError):
+    """The night's budget is spent before there was anything to show for it."""
+
+
 @dataclass(frozen=True)
 class NightRun:
     """What every stage is handed: the services, the night, and the outputs of the stages before."""
