@@ -60,7 +60,7 @@ def night_report(ledger: Ledger, night: Night, model: str, *, tenant: str | None
         model=model,
         began=night.created_at,
         ended=night.ended_at,
-        story=_story(ledger, night, status, gate),
+        story=_story(ledger, night, status, gate, named=tenant is None),
         decision=gate.verdict if gate else status.value,
         reasons=reasons,
         gate=gate,
@@ -203,7 +203,7 @@ def _training(output: dict) -> Training:
     return Training(rows=output["sft_rows"], pairs=output["dpo_pairs"], note=output.get("note", ""), **figures)
 
 
-def _story(ledger: Ledger, night: Night, status: NightStatus, gate: GateDecision | None) -> list[str]:
+def _story(ledger: Ledger, night: Night, status: NightStatus, gate: GateDecision | None, *, named: bool) -> list[str]:
     """What happened, for somebody who knows no statistics."""
     drawn = ledger.stage(night.id, "snapshot")
     champion = drawn.output["champion"] if drawn else ledger.champion().number
@@ -230,5 +230,7 @@ def _story(ledger: Ledger, night: Night, status: NightStatus, gate: GateDecision
     for later in ledger.promotions():
         if night.candidate is not None and later.from_generation == night.candidate:
             when = f"{later.at:%Y-%m-%d %H:%M} UTC"
-            story.append(f"On {when} generation {later.to_generation} took its place ({later.by}): {later.why}")
+            # Who switched, and in what words, is for whoever may know names.
+            told = f" ({later.by}): {later.why}" if named else "."
+            story.append(f"On {when} generation {later.to_generation} took its place{told}")
     return story
