@@ -6,6 +6,7 @@ Needs `make setup`; see conftest.py for the variables that name another engine o
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import time
@@ -15,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
+from distill.train.proof import write_proof
 from memory.errors import EngineError
 from memory.night_records import Generation, GenerationStatus
 from serve.adapters import Residency, adapter_sha256, loaded
@@ -40,6 +42,7 @@ def adapter(model: Path, root: Path, number: int, scale: float) -> Generation:
             torch.nn.init.normal_(weight, std=scale)
     folder = root / f"adapter-{number}"
     lora.save_pretrained(folder)
+    write_proof(model, folder)
     return Generation(
         number=number,
         base_model=str(model),
@@ -47,6 +50,14 @@ def adapter(model: Path, root: Path, number: int, scale: float) -> Generation:
         adapter_sha256=adapter_sha256(folder),
         status=GenerationStatus.CANDIDATE,
     )
+
+
+def scaled(made: Generation, root: Path) -> Generation:
+    """The same weights with twice the trained effect: an adapter that an engine applies wrongly."""
+    config = root / str(made.adapter_path) / "adapter_config.json"
+    told = json.loads(config.read_text())
+    config.write_text(json.dumps(told | {"lora_alpha": 2 * told["lora_alpha"]}))
+    return made.model_copy(update={"adapter_sha256": adapter_sha256(config.parent)})
 
 
 def gone(pids: list[int], timeout_s: float = 30.0) -> bool:
@@ -64,6 +75,7 @@ def test_the_real_engine_answers_survives_and_serves_adapters(tmp_path: Path, mo
     registry.mkdir()
     generations = [adapter(model, registry, number, 0.02) for number in (1, 2)]
     no_op = adapter(model, registry, 3, 0.0)
+    wrong = scaled(adapter(model, registry, 4, 0.02), registry)
 
     async def ask(engine: Engine, **fields: Any) -> dict[str, Any]:
         payload = PROMPT | {"temperature": 0, "max_tokens": 12, "logprobs": True} | fields
@@ -92,15 +104,19 @@ def test_the_real_engine_answers_survives_and_serves_adapters(tmp_path: Path, mo
                 with pytest.raises(EngineError, match="401"):
                     await request(engine_without_key, "POST", path, {"model": "base", "prompt": "x"})
 
-            # Adapters are loaded and proved; one without effect is refused.
+            # Adapters are loaded and proved; one without effect is refused, and one with another than was trained.
             for generation in generations:
                 proved = await residency.ensure(generation)
                 assert proved is not None
                 assert proved.max_delta > 0.01
+                assert proved.error is not None
+                assert proved.error < 0.1 * proved.mean_delta
                 assert logprobs(await ask(engine, model=generation.served_name)) != logprobs(plain)
             await residency.drop(generations[1])
             with pytest.raises(EngineError, match="changes nothing"):
                 await residency.ensure(no_op)
+            with pytest.raises(EngineError, match="not served as it was trained"):
+                await residency.ensure(wrong)
             await residency.ensure(generations[1])
 
             # With every place taken, in one batch with adapters, the base model still answers as itself.
