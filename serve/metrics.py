@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from starlette.datastructures import Headers
 from starlette.routing import Match
@@ -103,6 +103,7 @@ def _named(scope: Scope) -> tuple[str, str]:
 
 def exposition(services: Services, state: Any) -> bytes:
     """The text that Prometheus scrapes; `state` is the app's."""
+    disable_created_metrics()  # a second series for each, that nobody asks for
     now = CollectorRegistry()
     now.register(_Standing(services, state))  # pyright: ignore[reportArgumentType]
     return generate_latest(COUNTED) + generate_latest(now)
