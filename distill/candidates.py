@@ -51,7 +51,8 @@ def _flaw(snapshot: Snapshot, example: Example) -> str | None:
     asked = task_messages(task)
     if example.messages[: len(asked)] != asked:
         return "does not begin with its task"
-    turns = example.messages[len(asked) :] + (example.chosen or []) + (example.rejected or [])
+    sides = (example.chosen or [], example.rejected or [])
+    turns = [*example.messages[len(asked) :], *sides[0], *sides[1]]
     if any(m.get("name") == RECALLED or m.get("role") == "system" for m in turns):
         return "holds recalled or system messages"
     if example.kind is ExampleKind.SFT:
@@ -62,16 +63,28 @@ def _flaw(snapshot: Snapshot, example: Example) -> str | None:
         if turns[-1].get("name") == MISTAKE:
             return "ends with a mistake"
     else:
-        sides = (example.chosen or [], example.rejected or [])
-        if any(len(side) != 1 or side[0].get("role") != "assistant" for side in sides):
-            return "a pair's sides must be one assistant turn each"
+        if any(not side or {side[0].get("role"), side[-1].get("role")} != {"assistant"} for side in sides):
+            return "a pair's sides must begin and end with an assistant turn"
+        if any(m.get("role") not in ("assistant", "tool") for side in sides for m in side):
+            return "a pair's sides must be assistant turns and tool results"
+    if any(_has_parsed_arguments(m) for m in [*example.messages, *turns]):
+        # As objects, Arrow would give every call the keys of all others, with null in them.
+        return "a tool call's arguments are not a JSON string"
     try:
         said = [text_of(m) for m in wire(turns, example.tools)]
     except (ValueError, KeyError, TypeError, AttributeError):
         return "cannot be rendered"
-    if example.kind is ExampleKind.DPO and said[-2] == said[-1]:
-        return "both sides say the same"
+    if example.kind is ExampleKind.DPO:
+        before, chosen = len(turns) - len(sides[0]) - len(sides[1]), len(sides[0])
+        if said[before : before + chosen] == said[before + chosen :]:
+            return "both sides say the same"
     return None
+
+
+def _has_parsed_arguments(message: Message) -> bool:
+    calls = message.get("tool_calls")
+    functions = [call.get("function") for call in calls if isinstance(call, dict)] if isinstance(calls, list) else []
+    return any(isinstance(f, dict) and not isinstance(f.get("arguments"), str) for f in functions)
 
 
 def _lesson(example: Example) -> str:

@@ -7,8 +7,10 @@ examples follows from their hash and the seed, so the same snapshot gives the sa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 
+from memory.night_records import Evaluation
 from memory.records import Example, ExampleKind, content_hash
 
 
@@ -51,3 +53,29 @@ def replay_shares(
         lost = max(0.0, before[workload] - now[workload]) if workload in before and workload in now else 0.0
         shares[workload] = share * min(most, 1 + gain * lost)
     return shares
+
+
+def retention(evaluations: Iterable[Evaluation], served: Sequence[int]) -> tuple[dict[str, float], dict[str, float]]:
+    """(before, now): each workload's success in 0..1 at best by an earlier champion and by the present one.
+
+    `evaluations` are oldest first, `served` the generations that served, the champion last. Compared are only
+    evaluations of the very suites that the champion was measured on last, with memory as it is served.
+    """
+    measured = [e for e in evaluations if e.memory and e.generation in served]
+    newest = {e.suite: e for e in measured if e.generation == served[-1]}
+    now = {workload: share for e in newest.values() for workload, share in _by_workload(e).items()}
+    before: dict[str, float] = {}
+    for evaluation in measured:
+        last = newest.get(evaluation.suite)
+        if last is None or evaluation.suite_hash != last.suite_hash or evaluation.generation == served[-1]:
+            continue
+        for workload, share in _by_workload(evaluation).items():
+            before[workload] = max(share, before.get(workload, 0.0))
+    return before, now
+
+
+def _by_workload(evaluation: Evaluation) -> dict[str, float]:
+    outcomes: defaultdict[str, list[bool]] = defaultdict(list)
+    for outcome in evaluation.outcomes:
+        outcomes[outcome.workload].append(outcome.success)
+    return {workload: sum(found) / len(found) for workload, found in outcomes.items()}

@@ -250,7 +250,7 @@ class Trajectory(Record):
     purpose: Purpose = Purpose.SERVE
     generation: int
     model: str
-    """The engine's name of what really answered: the base model's, or `gen-N@sha`."""
+    """The engine's name of what really answered: the base model's, or `gen-N@sha`; `teacher:NAME` for a teacher."""
     sampling: dict[str, Any] = Field(default_factory=dict)
     tools: list[str] = Field(default_factory=list)
     client_tools: list[dict[str, Any]] = Field(default_factory=list)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from importlib.metadata import entry_points
 
 from distill.recipes.contrast import contrast
+from distill.recipes.contrast_runs import contrast_runs
 from distill.recipes.corrections import corrections
 from distill.recipes.dissatisfaction import dissatisfaction
 from distill.recipes.internalise import internalise
@@ -18,6 +19,7 @@ from distill.recipes.intervene import intervene
 from distill.recipes.preference import preference
 from distill.recipes.revise import revise
 from distill.recipes.successes import successes
+from distill.recipes.teacher import teacher
 from distill.snapshot import Snapshot
 from memory.errors import ConfigError, boundary
 from memory.records import Example
@@ -30,11 +32,13 @@ RECIPES: dict[str, Recipe] = {
     "corrections": corrections,
     "successes": successes,
     "contrast": contrast,
+    "contrast_runs": contrast_runs,
     "internalise": internalise,
     "intervene": intervene,
     "revise": revise,
     "dissatisfaction": dissatisfaction,
     "preference": preference,
+    "teacher": teacher,
 }
 """The built-in recipes by name; a night runs those that `night.recipes` names, in that order."""
 

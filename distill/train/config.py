@@ -7,13 +7,17 @@ service reads these records without torch.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 RESULT = "result.json"
 """The file that is written last: an `out_dir` that holds it is a finished run."""
 
+SFT_FILE = "sft.jsonl"
+DPO_FILE = "dpo.jsonl"
+
+Alpha = Annotated[float, Field(gt=0.0, le=1.0)]
 Profile = Literal["standard", "upper", "upper-cached"]
 
 
@@ -52,6 +56,16 @@ class TrainConfig(BaseModel):
     dpo_beta: float = Field(default=0.1, gt=0.0)
     dpo_sft_weight: float = Field(default=0.0, ge=0.0)
     """Weight of the chosen answers' own SFT loss beside DPO's (RPO, arXiv 2404.19733); 0 = none."""
+    dpo_length_alpha: float = Field(default=0.0, ge=0.0)
+    """Margin granted per token by which the chosen answer is longer, so that preferring length teaches little
+    (iLR-DPO, arXiv 2406.11817); 0 = plain DPO. To be tuned from about 0.01."""
+
+    interpolate: tuple[Alpha, ...] = ()
+    """How far from the previous generation to the trained adapter the result may lie, 1 being the adapter itself
+    (WARP, arXiv 2406.16768): the candidate with the least loss on `validation_share` of the tasks is kept.
+    Empty: the adapter as it was trained, on all tasks."""
+    validation_share: float = Field(default=0.1, gt=0.0, lt=1.0)
+    """Share of the SFT tasks that is kept from training to choose among `interpolate`."""
 
     checkpoint_steps: int = Field(default=20, ge=0)
     """Steps between checkpoints; 0 = none."""
@@ -76,9 +90,17 @@ class TrainJob(BaseModel):
     """Folder of the base model in Hugging Face format, tokenizer and chat template included."""
     parent_adapter: Path | None = None
     """The adapter to go on from; None = start from the base model."""
+    previous_adapter: Path | None = None
+    """The generation to interpolate toward; None = the base model."""
+    most_rank: int | None = None
+    """Largest rank that the engine loads: an interpolation above it is cut to it. None = none is."""
     out_dir: Path
     """Appears at once and complete, when the run is over."""
     config: TrainConfig = TrainConfig()
+    max_tokens: int | None = Field(default=None, ge=1)
+    """Tokens to train on, of all phases and epochs; fewer steps are planned to fit. None = as many as there are."""
+    max_seconds: float | None = Field(default=None, gt=0)
+    """Wall time; the step during which it ends is the last one, and what was learned by then is the result."""
 
     @property
     def work_dir(self) -> Path:
@@ -94,6 +116,19 @@ class TrainJob(BaseModel):
     def result_path(self) -> Path:
         """Where the result of a finished run lies."""
         return self.out_dir / RESULT
+
+
+class Interpolation(BaseModel):
+    """What was chosen between the previous generation (0) and the trained adapter (1)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    alpha: float
+    losses: dict[str, dict[str, float]]
+    """Candidate -> workload -> mean negative log-likelihood on the validation rows, in nats per token; {} = there
+    were none."""
+    lost: float
+    """Share of the change's norm that the cut to the engine's rank took from the chosen one."""
 
 
 class TrainResult(BaseModel):
@@ -123,6 +158,7 @@ class TrainResult(BaseModel):
     """Speed of the training loops of the attempt that finished."""
     reference_loss: float | None
     """DPO loss before its first step, ln 2 when the reference is the policy itself; None without DPO."""
+    interpolation: Interpolation | None = None
     config: TrainConfig
 
 

@@ -1,6 +1,8 @@
 """Preference training: TRL's DPOTrainer over pairs that are token ids already.
 
-Owns the check that the reference is the policy the run starts from. DPO: Rafailov et al., arXiv 2305.18290.
+Owns the check that the reference is the policy the run starts from. DPO: Rafailov et al., arXiv 2305.18290; its
+length-regularised form, where the margin gains `dpo_length_alpha` for each token by which the chosen answer is the
+longer one: iLR-DPO, arXiv 2406.11817.
 """
 
 from __future__ import annotations
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+SIDES = ("chosen_mask", "rejected_mask")
+
+
 @functools.cache
 def trainer_class() -> type:
     """DPOTrainer for ready token ids, whose frozen reference is gone once its figures are taken."""
@@ -29,6 +34,8 @@ def trainer_class() -> type:
     from trl.trainer.dpo_trainer import DPOTrainer
 
     class PairTrainer(SteadyLoop, DPOTrainer):
+        length_alpha: float = 0.0
+
         def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
             return dataset
 
@@ -40,18 +47,31 @@ def trainer_class() -> type:
                 policy.delete_adapter("ref")
             return measured
 
+        def _compute_loss(self, model: Any, inputs: dict, return_outputs: bool) -> Any:
+            # A token of an answer counts like `length_alpha` nats of its margin: it is put into the reference,
+            # because TRL has no term for it.
+            if self.length_alpha:
+                lengths = inputs["completion_mask"].sum(dim=1).chunk(2)
+                shifted = {
+                    name: inputs[name] - length * self.length_alpha / self.beta
+                    for name, length in zip(("ref_chosen_logps", "ref_rejected_logps"), lengths, strict=True)
+                }
+                inputs = {**inputs, **shifted}
+            return super()._compute_loss(model, inputs, return_outputs)
+
         def starting_loss(self) -> float:
-            """The DPO loss of the first pairs as the policy is now, without the SFT term."""
+            """The DPO loss of the first pairs as the policy is now, without the terms for SFT and for length."""
             policy: Any = self.model
             kinds, weights = self.loss_types, self.loss_weights
             self.loss_types, self.loss_weights = ["sigmoid"], [1.0]
+            alpha, self.length_alpha = self.length_alpha, 0.0
             pairs = [self.train_dataset[i] for i in range(min(len(self.train_dataset), 8))]
             batch = self._prepare_inputs(self.data_collator(pairs))
             policy.eval()
             with torch.no_grad(), self.compute_loss_context_manager():
                 loss = float(self._compute_loss(policy, batch, return_outputs=False))
             policy.train()
-            self.loss_types, self.loss_weights = kinds, weights
+            self.loss_types, self.loss_weights, self.length_alpha = kinds, weights, alpha
             self._metrics["eval"].clear()
             return loss
 
@@ -65,8 +85,9 @@ def dpo_trainer(
     config: TrainConfig,
     folder: Path,
     progress: Progress,
+    steps: int | None = None,
 ) -> Any:
-    """The trainer for `pairs` against `model` as it is now, its checkpoints in `folder`."""
+    """The trainer for `pairs` against `model` as it is now, its checkpoints in `folder`; `steps` instead of all."""
     from datasets import Dataset
     from trl.trainer.dpo_config import DPOConfig
     from trl.trainer.dpo_trainer import DataCollatorForPreference
@@ -77,15 +98,19 @@ def dpo_trainer(
         import torch
 
         padded = pad(batch)
+        # TRL counts every token of an answer; a tool's result is not what the policy said.
+        said = [[0] * len(r["prompt_ids"]) + r[side] for side in SIDES for r in batch]
+        for row, mask in zip(padded["completion_mask"], said, strict=True):
+            row[: len(mask)] = torch.tensor(mask)
         # Both halves of the batch: the chosen answers, then the rejected ones.
         padded["row_weight"] = torch.tensor([r["weight"] for r in batch] * 2, dtype=torch.float32)
         return padded
 
-    columns = ("prompt_ids", "chosen_ids", "rejected_ids", "weight")
+    columns = ("prompt_ids", "chosen_ids", "rejected_ids", "weight", *SIDES)
     dataset = Dataset.from_dict(
         {**{name: [getattr(p, name) for p in pairs] for name in columns}, "length": [p.longest for p in pairs]}
     )
-    steps = steps_of(len(pairs), config.dpo_batch_size, config.dpo_epochs, config)
+    planned = steps or steps_of(len(pairs), config.dpo_batch_size, config.dpo_epochs, config)
     with_sft = config.dpo_sft_weight > 0
     args = DPOConfig(
         per_device_train_batch_size=config.dpo_batch_size,
@@ -95,11 +120,13 @@ def dpo_trainer(
         loss_type=["sigmoid", "sft"] if with_sft else ["sigmoid"],
         loss_weights=[1.0, config.dpo_sft_weight] if with_sft else [1.0],
         precompute_ref_log_probs=True,
-        **loop_settings(config, folder, steps),
+        max_steps=-1 if steps is None else steps,
+        **loop_settings(config, folder, planned),
     )
     trainer = trainer_class()(
         model=model, processing_class=tokenizer, args=args, train_dataset=dataset, data_collator=collate
     )
+    trainer.length_alpha = config.dpo_length_alpha
     trainer.add_callback(callback_class()(progress, "dpo", lambda: None))
     return trainer
 

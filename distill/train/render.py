@@ -36,12 +36,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Pair:
-    """One DPO example: two answers to the same prompt."""
+    """One DPO example: two answers to the same prompt, each a turn or the rest of a run.
+
+    The masks are 1 where a token counts: what the assistant said, and not the tool results in between.
+    """
 
     prompt_ids: list[int]
     chosen_ids: list[int]
     rejected_ids: list[int]
     weight: float
+    chosen_mask: list[int]
+    rejected_mask: list[int]
 
     @property
     def longest(self) -> int:
@@ -51,12 +56,12 @@ class Pair:
     @property
     def tokens(self) -> int:
         """Tokens that one epoch runs through the model."""
-        return 2 * len(self.prompt_ids) + self.trained
+        return 2 * len(self.prompt_ids) + len(self.chosen_ids) + len(self.rejected_ids)
 
     @property
     def trained(self) -> int:
         """Tokens with loss."""
-        return len(self.chosen_ids) + len(self.rejected_ids)
+        return sum(self.chosen_mask) + sum(self.rejected_mask)
 
 
 def read_examples(path: Path, kind: ExampleKind) -> list[Example]:
@@ -91,7 +96,7 @@ def render_row(example: Example, tokenizer: PreTrainedTokenizerBase) -> Row:
     for index, message in enumerate(example.messages):
         if message.get("role") != "assistant" or message.get("name") == RECALLED:
             continue
-        start, end = _turn(messages[: index + 1], tokenizer, input_ids, example)
+        start, end = _turn(messages[: index + 1], tokenizer, input_ids, example.id)
         labels[start:end] = input_ids[start:end]
     row = Row(input_ids, labels, example.weight)
     if row.trained == 0:
@@ -100,33 +105,57 @@ def render_row(example: Example, tokenizer: PreTrainedTokenizerBase) -> Row:
 
 
 def render_pair(example: Example, tokenizer: PreTrainedTokenizerBase) -> Pair:
-    """Token ids of a DPO example: its prompt as served, and both answers up to the end of their turn.
+    """Token ids of a DPO example: its prompt as served, and both answers up to the end of their last turn.
 
-    Raises TrainingError when an answer is missing, is not one assistant turn, or when both are the same.
+    Raises TrainingError when an answer is missing, does not begin and end with an assistant turn, or when both are
+    the same.
     """
-    answers = []
+    answers, masks = [], []
     prompt_ids: list[int] = []
     for name, answer in (("chosen", example.chosen), ("rejected", example.rejected)):
-        if not answer or len(answer) != 1 or answer[0].get("role") != "assistant":
-            raise TrainingError(f"example {example.id}: `{name}` must be exactly one assistant message")
+        if not answer or {answer[0].get("role"), answer[-1].get("role")} != {"assistant"}:
+            raise TrainingError(f"example {example.id}: `{name}` must begin and end with an assistant message")
         messages = _plain([*example.messages, *answer], example)
         input_ids = _ids(messages, tokenizer)
-        start, end = _turn(messages, tokenizer, input_ids, example)
+        turns = [
+            _turn(messages[: index + 1], tokenizer, input_ids, example.id)
+            for index in range(len(example.messages), len(messages))
+            if messages[index]["role"] == "assistant"
+        ]
+        (start, _), (_, end) = turns[0], turns[-1]
+        mask = [0] * len(input_ids)
+        for first, last in turns:
+            mask[first:last] = [1] * (last - first)
         prompt_ids = input_ids[:start]
         answers.append(input_ids[start:end])
+        masks.append(mask[start:end])
     chosen, rejected = answers
     if chosen == rejected:
         raise TrainingError(f"example {example.id}: chosen and rejected are the same text, which prefers nothing")
-    return Pair(prompt_ids, chosen, rejected, example.weight)
+    return Pair(prompt_ids, chosen, rejected, example.weight, *masks)
+
+
+def ids_of_prompt(messages: list[Message], tools: list[str], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of a conversation up to where the assistant begins its next turn."""
+    return _ids(_rendered(messages, tools), tokenizer, prompt=True)
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that a trained assistant turn ends with. Raises TrainingError when the template has none."""
+    turn: list[Message] = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
+    whole = _ids(turn, tokenizer)
+    return whole[_turn(turn, tokenizer, whole, "of two turns")[1] - 1]
 
 
 def _plain(messages: list[Message], example: Example) -> list[Message]:
-    """Messages as role and content only, in the text form that the served model speaks."""
-    if example.tools:
-        from agent.codec import wire
+    return _rendered(messages, example.tools)
 
-        messages = wire(messages, example.tools)
-    return [{"role": m["role"], "content": text_of(m)} for m in messages]
+
+def _rendered(messages: list[Message], tools: list[str]) -> list[Message]:
+    """Messages as role and content only, in the text form that the served model speaks."""
+    from agent.codec import wire
+
+    return [{"role": m["role"], "content": text_of(m)} for m in wire(messages, tools)]
 
 
 def _ids(messages: list[Message], tokenizer: PreTrainedTokenizerBase, prompt: bool = False) -> list[int]:
@@ -136,20 +165,18 @@ def _ids(messages: list[Message], tokenizer: PreTrainedTokenizerBase, prompt: bo
         return tokenizer(text, add_special_tokens=False)["input_ids"]  # pyright: ignore[reportReturnType, reportArgumentType]
 
 
-def _turn(
-    upto: list[Message], tokenizer: PreTrainedTokenizerBase, whole: list[int], example: Example
-) -> tuple[int, int]:
+def _turn(upto: list[Message], tokenizer: PreTrainedTokenizerBase, whole: list[int], example: str) -> tuple[int, int]:
     """Where the last message of `upto` begins and ends within the token ids of the whole conversation."""
     if len(upto) < 2:
-        raise TrainingError(f"example {example.id} begins with an assistant turn; put a user or system message first")
+        raise TrainingError(f"example {example} begins with an assistant turn; put a user or system message first")
     head, tail = _ids(upto[:-1], tokenizer, prompt=True), _ids(upto, tokenizer)
     if tail[: len(head)] != head or whole[: len(tail)] != tail:
         raise TrainingError(
-            f"example {example.id}: the chat template renders turn {len(upto) - 1} differently as a prompt and in the "
+            f"example {example}: the chat template renders turn {len(upto) - 1} differently as a prompt and in the "
             "whole conversation, so its tokens cannot be told apart; use a template that only appends"
         )
     enders = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     for end in range(len(tail), len(head), -1):
         if tail[end - 1] in enders:
             return len(head), end
-    raise TrainingError(f"example {example.id}: the chat template does not end an assistant turn with a special token")
+    raise TrainingError(f"example {example}: the chat template does not end an assistant turn with a special token")

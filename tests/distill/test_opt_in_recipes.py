@@ -6,6 +6,7 @@ import pytest
 
 from distill.dataset import DatasetConfig, build
 from distill.recipes import RECIPES
+from distill.recipes.contrast_runs import contrast_runs
 from distill.recipes.dissatisfaction import dissatisfaction
 from distill.recipes.internalise import internalise
 from distill.recipes.intervene import intervene
@@ -13,8 +14,9 @@ from distill.recipes.preference import preference
 from distill.recipes.revise import revise
 from distill.runs import MISTAKE
 from distill.sweet_spot import sweet_spot
-from distill.train.render import IGNORE, render_row
+from distill.train.render import IGNORE, render_pair, render_row
 from memory.records import (
+    MALFORMED,
     RECALLED,
     Example,
     ExampleKind,
@@ -71,7 +73,7 @@ def over(better: Trajectory, worse: Trajectory, author: str = "operator"):
 
 
 def test_none_of_them_is_in_a_nights_default_list():
-    mine = {"internalise", "intervene", "revise", "dissatisfaction", "preference"}
+    mine = {"internalise", "intervene", "revise", "dissatisfaction", "preference", "contrast_runs"}
     assert mine < set(RECIPES)
     assert not mine & set(NightConfig().recipes)
 
@@ -170,6 +172,39 @@ def test_an_example_that_ends_with_a_mistake_is_counted_out(monkeypatch):
         DatasetConfig(min_examples=1),
     )
     assert made.dropped == {"ends with a mistake": 1}
+
+
+def test_whole_runs_are_compared_from_the_step_at_which_they_part():
+    good = trajectory(ONE, [call("1 + 0"), result("1"), *solve(1, "c2")])
+    bad = trajectory(ONE, [call("1  + 0", "k"), result("1", "k"), *WRONG], 0.0, id="traj_bad")
+    made = snapshot((ONE, good), (ONE, bad))
+    (pair,) = contrast_runs(made)
+    assert pair.messages == [*ONE.messages, call("1 + 0"), result("1")]
+    assert (pair.chosen, pair.rejected) == (solve(1, "c2"), WRONG)
+    (row,) = laid_out(made, "contrast_runs")
+    rendered = render_pair(row, make_tokenizer())
+    assert 0 in rendered.chosen_mask, "the tool's result is read and not preferred"
+
+
+def test_a_rejected_run_ends_with_a_turn_of_the_agents_and_is_not_much_longer():
+    good = trajectory(ONE, solve(1))
+    endless = [step for n in range(20) for step in (call(f"1 + {n + 2}", f"k{n}"), result("9", f"k{n}"))]
+    bad = trajectory(ONE, endless, 0.0, id="traj_bad", stop_reason=StopReason.MAX_TURNS)
+    (pair,) = contrast_runs(snapshot((ONE, good), (ONE, bad)))
+    assert pair.rejected == endless[:13]
+
+
+def test_an_unreadable_turn_is_the_last_of_a_rejected_run():
+    attempt = [*WRONG[:2], say("hm", name=MALFORMED), {"role": "user", "content": "Act!"}, say("3")]
+    bad = trajectory(ONE, attempt, 0.0, id="traj_bad")
+    (pair,) = contrast_runs(snapshot((ONE, trajectory(ONE, solve(1))), (ONE, bad)))
+    assert pair.rejected == attempt[:3]
+
+
+def test_runs_of_one_turn_each_are_left_to_contrast():
+    plain = task(1, tools=[])
+    good, bad = (trajectory(plain, [say(t)], s, id=f"t{t}", tools=[]) for t, s in (("2", 1.0), ("3", 0.0)))
+    assert not list(contrast_runs(snapshot((plain, good), (plain, bad))))
 
 
 def test_what_a_user_complained_about_is_rejected_for_a_later_success_of_the_newest_model():

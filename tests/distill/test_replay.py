@@ -6,7 +6,8 @@ from collections import Counter
 
 import pytest
 
-from distill.replay import replay, replay_shares
+from distill.replay import replay, replay_shares, retention
+from memory.night_records import Evaluation, TaskOutcome
 from memory.records import Example, ExampleKind
 
 
@@ -61,3 +62,32 @@ def test_what_is_replayed_does_not_depend_on_the_order_it_came_in():
         replay(given, new=20, share=0.25, seed=1, shares=shares) for given in (material, material[::-1])
     )
     assert forward == backward
+
+
+def measured(generation: int, suite: str = "held_out", suite_hash: str = "h", **successes: float) -> Evaluation:
+    outcomes = [
+        TaskOutcome(key=f"{workload} {n}", workload=workload, score=float(n < 10 * share))
+        for workload, share in successes.items()
+        for n in range(10)
+    ]
+    settings = {"role": "held_out", "memory": True, "seconds": 1.0}
+    return Evaluation(suite=suite, suite_hash=suite_hash, generation=generation, outcomes=outcomes, **settings)
+
+
+def test_retention_is_the_best_of_the_earlier_champions_against_the_present_one():
+    found = [
+        measured(1, sums=0.9, words=0.4),
+        measured(2, sums=0.6, words=0.5),
+        measured(3, sums=1.0),
+        measured(4, sums=0.2, words=0.6),
+        measured(4, sums=0.5, words=0.7),
+    ]
+    before, now = retention(found, [1, 2, 4])
+    assert before == pytest.approx({"sums": 0.9, "words": 0.5})
+    assert now == pytest.approx({"sums": 0.5, "words": 0.7})
+
+
+def test_other_suites_are_no_measure_of_retention():
+    found = [measured(1, suite_hash="old", sums=0.9), measured(1, suite="chat", sums=0.9), measured(2, sums=0.5)]
+    assert retention(found, [1, 2]) == ({}, {"sums": 0.5})
+    assert retention([], [0]) == ({}, {})

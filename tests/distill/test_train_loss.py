@@ -143,6 +143,66 @@ def test_a_reference_that_is_not_the_policy_is_refused(tmp_path):
         check_reference(math.nan)
 
 
+def test_each_token_by_which_the_chosen_answer_is_longer_widens_the_margin(tmp_path):
+    base = make_base(tmp_path / "base")
+    trainer = pair_trainer(base, trained_adapter(base, tmp_path / "adapter"), tmp_path, dpo_length_alpha=0.25)
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+    # Policy and reference are one, so the margin is the lengths' alone.
+    longer = [len(r["chosen_ids"]) - len(r["rejected_ids"]) for r in trainer.train_dataset]
+    expected = sum(math.log1p(math.exp(-0.25 * tokens)) for tokens in longer) / 4
+    assert any(longer)
+    loss = trainer.compute_loss(trainer.model, batch).detach()
+    assert float(loss) == pytest.approx(expected, rel=1e-4)
+    assert trainer.starting_loss() == pytest.approx(math.log(2), abs=1e-5), "the check sees the policy, not the lengths"
+
+
+def test_what_a_tool_said_does_not_move_the_policy(tmp_path):
+    from dataclasses import replace
+
+    base = make_base(tmp_path / "base")
+    adapter = trained_adapter(base, tmp_path / "adapter")
+
+    def reference(masked: bool) -> tuple[float, float]:
+        config = TrainConfig(checkpoint_steps=0)
+        tokenizer = load_tokenizer(base)
+        model = load_policy(base, adapter, config, int(tokenizer.pad_token_id))  # pyright: ignore[reportArgumentType]
+        pair = render_pair(preferences(1)[0], tokenizer)
+        mask = [0, *pair.chosen_mask[1:]] if masked else pair.chosen_mask
+        trainer = dpo_trainer(
+            model, tokenizer, [replace(pair, chosen_mask=mask)], config, tmp_path, Progress(tmp_path / "p")
+        )
+        row = trainer.train_dataset[0]
+        return row["ref_chosen_logps"], row["ref_rejected_logps"]
+
+    (whole, other), (part, same) = reference(False), reference(True)
+    assert part > whole
+    assert same == pytest.approx(other)
+
+
+def test_the_precomputed_reference_is_what_the_policy_says_of_the_answers_before_training(tmp_path):
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = make_base(tmp_path / "base")
+    adapter = trained_adapter(base, tmp_path / "adapter")
+    trainer = pair_trainer(base, adapter, tmp_path)
+    policy = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(str(base)), str(adapter)).eval()
+
+    def said(prompt: list[int], answer: list[int], model: Any) -> float:
+        tokens = torch.tensor([prompt + answer])
+        with torch.no_grad():
+            scores = model(input_ids=tokens).logits[0, :-1].log_softmax(-1)
+        return float(scores.gather(1, tokens[0, 1:, None])[len(prompt) - 1 :].sum())
+
+    for row in trainer.train_dataset:
+        for side in ("chosen", "rejected"):
+            got, prompt, answer = row[f"ref_{side}_logps"], row["prompt_ids"], row[f"{side}_ids"]
+            assert got == pytest.approx(said(prompt, answer, policy), abs=1e-3)
+            with policy.disable_adapter():
+                assert abs(got - said(prompt, answer, policy)) > 0.01, "not the base model's, which TRL falls back to"
+
+
 def test_a_weight_multiplies_the_pull_of_a_preference_and_leaves_the_loss_comparable(tmp_path):
     import torch
 

@@ -64,10 +64,24 @@ def test_a_pair_has_one_prompt_and_two_answers_up_to_the_end_of_their_turn():
     assert tokenizer.decode(pair.rejected_ids) == "four<|im_end|>"
 
 
+def test_in_a_pair_of_whole_runs_the_tool_results_do_not_count():
+    function = {"name": "calculator", "arguments": '{"expression": "1 + 2"}'}
+    call = {"role": "assistant", "tool_calls": [{"id": "c1", "type": "function", "function": function}]}
+    run = [call, {"role": "tool", "tool_call_id": "c1", "content": "3"}, say("assistant", "3")]
+    tokenizer = make_tokenizer()
+    whole = dpo("1 + 2 =", "", "four").model_copy(update={"chosen": run, "tools": ["calculator"]})
+    pair = render_pair(whole, tokenizer)
+    counted = [token for token, mark in zip(pair.chosen_ids, pair.chosen_mask, strict=True) if mark]
+    assert tokenizer.decode(counted) == "Action: calc(1 + 2)<|im_end|>Action: finish(3)<|im_end|>"
+    assert "Observation: 3" in tokenizer.decode(pair.chosen_ids)
+    assert pair.rejected_mask == [1] * len(pair.rejected_ids)
+    assert pair.trained == len(counted) + len(pair.rejected_ids) < pair.tokens - 2 * len(pair.prompt_ids)
+
+
 def test_a_pair_that_prefers_nothing_or_lacks_an_answer_is_refused():
     with pytest.raises(TrainingError, match="same text"):
         render_pair(dpo("1", "2", "2"), make_tokenizer())
-    with pytest.raises(TrainingError, match="exactly one assistant"):
+    with pytest.raises(TrainingError, match="begin and end with an assistant"):
         render_pair(dpo("1", "2", "3").model_copy(update={"rejected": None}), make_tokenizer())
 
 
