@@ -36,7 +36,7 @@ BASE_NAME = "base"
 """The engine's name of the model without an adapter (`Generation.served_name` of generation 0)."""
 
 _ERROR = re.compile(r"\b\w*(Error|Exception): ")
-Status = Literal["stopped", "starting", "ready", "restarting", "failed"]
+Status = Literal["stopped", "starting", "ready", "resting", "restarting", "failed"]
 
 
 class EngineConfig(BaseModel):
@@ -364,6 +364,7 @@ def engine_arguments(config: EngineConfig, model: Path, port: int, on_gpu: bool,
         # agent's prompts share their first few hundred tokens. The CPU kernels want a multiple of 32.
         arguments["--block-size"] = "32"
     flags = ["--enable-lora", "--enable-prefix-caching"]
+    flags += ["--enable-sleep-mode"] if config.during_training == "sleep" else []
     return [*(part for pair in arguments.items() for part in pair), *flags, *config.extra_args]
 
 
@@ -375,6 +376,8 @@ def engine_environment(config: EngineConfig, key: str, data_dir: Path, on_gpu: b
         "NIGHTSCHOOL_PARENT_PID": str(os.getpid()),
         "VLLM_API_KEY": key,  # not on the command line, which every user of the machine can read
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
+        # vLLM offers /sleep and /wake_up only so; the port is on loopback and every path asks for the key.
+        "VLLM_SERVER_DEV_MODE": str(int(config.during_training == "sleep")),
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_DO_NOT_TRACK": "1",
         "VLLM_CACHE_ROOT": str((data_dir / "engine-cache").resolve()),

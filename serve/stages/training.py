@@ -8,8 +8,11 @@ from typing import Any
 from distill.train import launch
 from distill.train.config import TrainConfig, TrainJob
 from memory.errors import TrainingError
+from memory.forget import must_start_from_base
 from memory.night_records import Generation, GenerationStatus
 from serve.adapters import adapter_sha256
+from serve.rest import out_of_the_way
+from serve.stages.budget import training_limits
 from serve.stages.night_run import CancelledNightError, NightRun, Output, starts_from
 
 
@@ -18,25 +21,33 @@ def train(run: NightRun) -> Output:
     services, settings = run.services, run.services.settings
     champion = services.ledger.generation(run.done("snapshot")["champion"])
     from_champion = starts_from(run) == "champion" and champion.adapter_path is not None
+    # Not toward weights that know what was forgotten.
+    may_return = champion.adapter_path is not None and not must_start_from_base(services.ledger.database, champion)
     out = settings.adapters_dir / run.night.id
     job = TrainJob(
         dataset_dir=Path(run.done("dataset")["folder"]),
         base_model=services.base_model,
         parent_adapter=settings.adapters_dir / str(champion.adapter_path) if from_champion else None,
+        previous_adapter=settings.adapters_dir / str(champion.adapter_path) if may_return else None,
+        most_rank=settings.engine.max_lora_rank,
         out_dir=out,
         config=_train_config(settings.train, run.night.options),
+        **training_limits(run),
     )
 
     def progress(event: dict[str, Any]) -> None:
         run.emit("train", str(event.get("event")), **event)
 
     try:
-        result = launch.run(job, settings.trainer_python, progress, run.cancelled)
+        with out_of_the_way(services):
+            result = launch.run(job, settings.trainer_python, progress, run.cancelled)
     except TrainingError as exc:
         if run.cancelled():
             raise CancelledNightError("the night was cancelled") from exc
         raise
-    parent = champion.number if from_champion else 0
+    returned = may_return and result.interpolation is not None and result.interpolation.alpha < 1
+    # Weights that lie on the way to the champion know what it knows, wherever they started.
+    parent = champion.number if from_champion or returned else 0
     generation = _candidate(run, out.name, adapter_sha256(out), parent)
     figures = result.model_dump(mode="json", exclude={"losses", "config", "adapter_dir"})
     losses = result.losses.get("sft") or [0.0]
