@@ -21,6 +21,8 @@ The rule, with the defaults:
      one-sided 95% lower bound lies above it. Many flips that happen to cancel out do not pass as
      calm; few tasks with few flips do. Otherwise `not_enough_evidence`.
    A loss that stays within the margin is allowed: that is what a margin is.
+   A workload of a control that lost more than the margin by the exact test rejects too, whatever the
+   others gained: an adapter that refuses everything refuses what it should as well.
 3. Sight. A control on which the champion's own success rate is not above the margin can never lose
    that much: it is listed as blind and counts for nothing. At least one control must see.
 4. Drift. Small losses, each within its margin, add up over nights. Given generation 0's evaluation of
@@ -39,7 +41,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from evals.stats import Difference, paired_difference
+from evals.stats import Difference, paired_difference, sign_test
 from memory.errors import ConfigError
 from memory.night_records import Evaluation, TaskOutcome
 
@@ -160,6 +162,14 @@ def decide(
         verdicts.append("not_enough_evidence")
         seen = "Every control suite is one the champion fails itself" if judged else "No control suite was run"
         reasons.append(f"{seen}, so forgetting could not have been seen.")
+    lost_parts = [row for pair in controls for row in _lost_parts(pair, config)]
+    if lost_parts:
+        verdicts.append("reject")
+    reasons += [
+        f"{_told(row, f'Control {row.suite!r}, workload {row.workload!r},', config)}: proven, and more than the "
+        f"{row.margin:.0f} points it may lose."
+        for row in lost_parts
+    ]
     drifts = [_judge_drift(*found, config) for found in _with_base(controls, base)]
     if any(row.state == "lost" for row, _ in drifts):
         verdicts.append("reject")
@@ -172,7 +182,7 @@ def decide(
     return GateDecision(
         verdict=min(verdicts, key=order.index),
         reasons=reasons,
-        table=[gain, *parts, *(row for row, _, _ in judged), *(row for row, _ in drifts)],
+        table=[gain, *parts, *(row for row, _, _ in judged), *lost_parts, *(row for row, _ in drifts)],
         lengths=lengths,
     )
 
@@ -265,6 +275,22 @@ def _judge_control(pair: Pair, config: GateConfig) -> tuple[GateRow, Verdict, st
         why = f"a loss beyond {floor:.0f} points stays plausible, more control tasks are needed"
         return judged("unclear", "not_enough_evidence", why)
     return judged("held", "promote", f"within the {margin:.0f} points it may lose")
+
+
+def _lost_parts(pair: Pair, config: GateConfig) -> list[GateRow]:
+    pairs = _pairs([pair], "control")
+    margin = 100 * config.margin(pair[0].suite)
+    workloads = sorted({a.workload for _, a, _ in pairs})
+    found = []
+    for workload in workloads if len(workloads) > 1 else []:
+        part = [p for p in pairs if p[1].workload == workload]
+        wins = sum(b.success > a.success for _, a, b in part)
+        losses = sum(a.success > b.success for _, a, b in part)
+        proven = sign_test(losses, wins, one_sided=True) < 1 - config.level
+        if proven and 100 * (losses - wins) > margin * len(part):
+            row = _row(pair[0].suite, "control", part, config, workload=workload, margin=margin)
+            found.append(row.model_copy(update={"state": "lost"}))
+    return found
 
 
 def _with_base(controls: Sequence[Pair], base: Sequence[Evaluation]) -> list[Pair]:

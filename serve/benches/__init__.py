@@ -57,6 +57,11 @@ def benches(settings: Settings, data: Path | None = None) -> dict[str, Bench]:
             lambda: lambda: memory.usefulness(settings, engine.live_engine),
         ),
         Bench(
+            "gate",
+            "how often the gate promotes sound adapters and planted defects, simulated at the demo's sizes",
+            lambda: gate_bench,
+        ),
+        Bench(
             "swap",
             "seconds to load, prove and unload an adapter; 20 switches under 16 clients, each reply checked",
             lambda: lambda: swap.swap(settings),

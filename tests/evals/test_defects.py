@@ -118,7 +118,7 @@ def test_an_adapter_that_forgets_one_control_of_several_is_rejected() -> None:
 
     decision = judged(obliging, chat_suite(), refusal_suite())
     assert decision.verdict == "reject"
-    assert [row.suite for row in decision.table if row.state == "lost"] == ["refusals"]
+    assert [row.workload for row in decision.table if row.state == "lost"] == [None, "answer", "refuse"]
 
 
 def test_an_adapter_that_refuses_everything_is_rejected_by_the_near_requests() -> None:

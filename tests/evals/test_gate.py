@@ -84,6 +84,20 @@ def test_a_control_the_champion_fails_is_blind_and_counts_for_nothing() -> None:
     )
 
 
+def test_a_part_of_a_control_that_is_lost_for_sure_rejects_whatever_the_rest_gained() -> None:
+    kinds = ("refuse", "answer")
+    champion = [i % 2 == 1 for i in range(12)]
+    pair = tuple(
+        evaluation(done, suite="refusals", role="control", generation=n, workloads=kinds)
+        for n, done in ((1, champion), (2, [not done for done in champion]))
+    )
+    decision = decide([GAIN], [CALM, (pair[0], pair[1])])
+    assert decision.verdict == "reject"
+    (lost,) = [row for row in decision.table if row.state == "lost"]
+    assert (lost.suite, lost.workload, lost.champion, lost.candidate) == ("refusals", "answer", 6, 0)
+    assert "workload 'answer', went from 6/6" in decision.reasons[-1]
+
+
 def test_without_controls_nothing_is_promoted_unless_the_operator_says_so() -> None:
     assert decide([GAIN], []).verdict == "not_enough_evidence"
     assert decide([GAIN], [], GateConfig(require_controls=False)).verdict == "promote"
