@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import sqlite3
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from sqlalchemy import text
 
 from memory import files, forget, shelf, uses
 from memory.embed import Embedder
@@ -39,9 +41,12 @@ def home(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
-@pytest.fixture
-def ledger(home: Path):
-    opened = Ledger.open(f"sqlite:///{home}/ledger.sqlite")
+@pytest.fixture(params=["sqlite", "postgresql"])
+def ledger(request: pytest.FixtureRequest, home: Path) -> Iterator[Ledger]:
+    postgres = request.param == "postgresql"
+    opened = Ledger.open(
+        request.getfixturevalue("postgres_database") if postgres else f"sqlite:///{home}/ledger.sqlite"
+    )
     yield opened
     opened.close()
 
@@ -114,6 +119,22 @@ def live(ledger: Ledger, home: Path) -> dict[str, Trajectory]:
     return {"ann": hers, "bob": his}
 
 
+def tables_of(ledger: Ledger) -> Path | None:
+    """The folder of a PostgreSQL database's tables, written out as they are now."""
+    if ledger.database.engine.dialect.name == "sqlite":
+        return None
+    with ledger.database.engine.execution_options(isolation_level="AUTOCOMMIT").connect() as connection:
+        connection.execute(text("CHECKPOINT"))
+        folder = Path(connection.execute(text("SHOW data_directory")).scalar_one())
+        return (
+            folder
+            / "base"
+            / str(
+                connection.execute(text("SELECT oid FROM pg_database WHERE datname = current_database()")).scalar_one()
+            )
+        )
+
+
 def files_with(home: Path, *texts: str) -> list[str]:
     spelled = {form.encode() for t in texts for form in (t, json.dumps(t)[1:-1])}
     everything = [path for path in home.rglob("*") if path.is_file()]
@@ -124,18 +145,42 @@ def test_a_users_words_are_in_no_file_afterwards(ledger: Ledger, home: Path, emb
     runs = live(ledger, home)
     index = Index.open(home / "index", embedder)
     sync(ledger, index)
-    assert len(files_with(home, SECRET, ANSWER)) >= 6
+    broken = home / "index.broken-20260101T000000-abcdef"
+    broken.mkdir()
+    [hers] = [item.id for item in ledger.past_runs()]
+    (broken / "chroma.sqlite3").write_text(hers)
+    if (tables := tables_of(ledger)) is not None:
+        with ledger.database.writing() as connection:
+            connection.execute(text("ANALYZE"))  # as PostgreSQL does by itself: it keeps samples of what columns hold
+        assert files_with(tables_of(ledger) or tables, SECRET)
+    assert len(files_with(home, SECRET, ANSWER)) >= 5
+    assert len(files_with(home / "index", hers)) == 1
     told = forget.forget(ledger.database, home, tenant="acme", user="ann", by="operator")
     rebuild(ledger, index)
     assert index.count() == ledger.count_active() == 0
-    assert files_with(home, SECRET, "Ünderwood", runs["ann"].id) == []
+    assert files_with(home, SECRET, "Ünderwood", runs["ann"].id, hers) == []
+    if (tables := tables_of(ledger)) is not None:
+        assert files_with(tables, SECRET, "Ünderwood") == []
     index.close()
+    assert not broken.exists()
     assert (home / "server.log").read_text() == "one\ntwo\n"
     assert [
         row for row in sqlite3.connect(home / "checkpoints.sqlite").execute("SELECT thread_id FROM checkpoints")
     ] == [("traj_alive",)]
     assert told.counts["trajectories"] == told.counts["feedback"] == told.counts["night_examples"] == 1
     assert (told.counts["memory_items"], told.counts["cleared"], told.counts["files"]) == (2, 1, 1)
+
+
+def test_postgresql_samples_no_words_for_its_planner(postgres_database: str):
+    ledger = Ledger.open(postgres_database)
+    sampled = """
+        SELECT relname, attname FROM pg_attribute JOIN pg_class ON attrelid = pg_class.oid
+        WHERE relkind = 'r' AND relnamespace = current_schema()::regnamespace AND attnum > 0
+        AND atttypid = 'text'::regtype AND attstattarget IS DISTINCT FROM 0 AND relname <> 'alembic_version'
+    """
+    with ledger.database.reading() as connection:
+        assert connection.execute(text(sampled)).all() == []
+    ledger.close()
 
 
 def test_others_in_the_tenant_keep_what_is_theirs(ledger: Ledger, home: Path):
