@@ -14,14 +14,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distill.train.config import RESULT, TrainConfig, TrainJob, TrainResult, finished
+from distill.train.config import DPO_FILE, RESULT, SFT_FILE, TrainConfig, TrainJob, TrainResult, finished
 from distill.train.dpo import check_reference, dpo_trainer
 from distill.train.fast import skippable
+from distill.train.interpolate import apart, toward_previous
 from distill.train.loop import steps_of
 from distill.train.model import load_policy, load_tokenizer, save_adapter
 from distill.train.progress import Progress, last_checkpoint, write_whole
-from distill.train.render import Pair, Row, read_examples, render_pair, render_row
 from distill.train.proof import write_proof
+from distill.train.render import Pair, Row, read_examples, render_pair, render_row
+from distill.train.served import FILE as SERVED
+from distill.train.served import check_served
 from distill.train.sft import sft_trainer
 from memory.errors import TrainingError
 from memory.records import ExampleKind, content_hash
@@ -36,12 +39,25 @@ class Data:
     too_long: int
 
 
+@dataclass(frozen=True)
+class Plan:
+    """A phase over all its epochs."""
+
+    steps: int
+    tokens: int
+    trained: int
+    """Those of the tokens that the loss falls on."""
+
+
 @dataclass
 class Tally:
     """What the phases measured."""
 
     losses: dict[str, list[float]] = field(default_factory=dict)
     reference_loss: float | None = None
+    steps: int = 0
+    tokens: int = 0
+    trained: float = 0.0
     loop_tokens: int = 0
     loop_seconds: float = 0.0
 
@@ -56,7 +72,7 @@ def train(job: TrainJob) -> TrainResult:
         return done
     if job.out_dir.exists():
         raise TrainingError(f"{job.out_dir} exists and is no finished run; remove it or choose another folder")
-    progress = Progress(job.progress_path)
+    progress = Progress(job.progress_path, max_tokens=job.max_tokens, max_seconds=job.max_seconds)
     tokenizer = load_tokenizer(job.base_model)
     data = load_data(job, tokenizer)
     _discard_other_work(job, progress.main)
@@ -65,33 +81,49 @@ def train(job: TrainJob) -> TrainResult:
 
         PartialState().wait_for_everyone()
     config, note = _profile(job)
-    _plan(progress, job, data, config)
+    plans = _plans(data, config)
+    wanted, total = sum(plan.steps for plan in plans.values()), sum(plan.tokens for plan in plans.values())
+    # A phase whose budget is known to end early has fewer steps from the start, so that its rate still decays to 0.
+    share = min(1.0, (job.max_tokens or total) / total)
+    steps = {phase: max(min(1, plan.steps), int(plan.steps * share)) for phase, plan in plans.items()}
+    progress.steps = sum(steps.values())
+    _go_on(progress, job)
     figures = {"profile": config.profile, "rows": len(data.rows), "pairs": len(data.pairs), "too_long": data.too_long}
     progress.say("start", steps=progress.steps, **figures, note=note)
 
     tally = Tally()
     policy = job.parent_adapter
     if data.rows:
-        policy = _phase("sft", job, config, tokenizer, data, policy, progress, tally)
-    progress.offset = steps_of(len(data.rows), config.batch_size, config.epochs, config)
-    progress.tokens_before = sum(len(r.input_ids) for r in data.rows) * config.epochs
-    if data.pairs:
-        policy = _phase("dpo", job, config, tokenizer, data, policy, progress, tally)
+        policy = _phase("sft", job, config, tokenizer, data, policy, progress, tally, plans["sft"], steps["sft"])
+    progress.offset, progress.tokens_before = tally.steps, tally.tokens
+    if data.pairs and not (data.rows and progress.spent(tally.tokens)):
+        policy = _phase("dpo", job, config, tokenizer, data, policy, progress, tally, plans["dpo"], steps["dpo"])
     assert policy is not None
-    result = _result(job, config, note, data, progress, tally)
+    if tally.steps < wanted:
+        cut = f"{tally.steps} of {wanted} steps: the budget allowed no more"
+        note = f"{note}; {cut}" if note else cut
+    between = None
+    if progress.main and config.interpolate:
+        policy, between = toward_previous(job, config, tokenizer, policy)
+    result = _result(job, config, note, data, progress, tally).model_copy(update={"interpolation": between})
     if progress.main:
         _publish(job, policy, result)
-        progress.say("done", step=progress.steps, steps=progress.steps, tokens=result.tokens, eta_s=0.0)
+        progress.say("done", step=tally.steps, steps=tally.steps, tokens=result.tokens, eta_s=0.0, note=note)
     return result
 
 
 def load_data(job: TrainJob, tokenizer: Any) -> Data:
-    """Rows and pairs of a job's dataset as token ids. Raises TrainingError when nothing is left to learn."""
+    """Rows and pairs of a job's dataset as token ids.
+
+    Raises TrainingError when nothing is left to learn, or when they would be other tokens than are served.
+    """
     config = job.config
-    rows = [render_row(e, tokenizer) for e in read_examples(job.dataset_dir / "sft.jsonl", ExampleKind.SFT)]
+    check_served(job.dataset_dir / SERVED, tokenizer)
+    examples, _ = apart(read_examples(job.dataset_dir / SFT_FILE, ExampleKind.SFT), config)
+    rows = [render_row(e, tokenizer) for e in examples]
     pairs = []
     if config.dpo_epochs:
-        pairs = [render_pair(e, tokenizer) for e in read_examples(job.dataset_dir / "dpo.jsonl", ExampleKind.DPO)]
+        pairs = [render_pair(e, tokenizer) for e in read_examples(job.dataset_dir / DPO_FILE, ExampleKind.DPO)]
     kept_rows = [r for r in rows if len(r.input_ids) <= config.max_length]
     kept_pairs = [p for p in pairs if p.longest <= config.max_length]
     too_long = len(rows) + len(pairs) - len(kept_rows) - len(kept_pairs)
@@ -116,10 +148,24 @@ def _profile(job: TrainJob) -> tuple[TrainConfig, str]:
     return job.config.model_copy(update={"profile": "upper"}), note
 
 
-def _plan(progress: Progress, job: TrainJob, data: Data, config: TrainConfig) -> None:
-    """Tell the progress how long the run is and how much of it earlier attempts have done."""
-    progress.steps = steps_of(len(data.rows), config.batch_size, config.epochs, config)
-    progress.steps += steps_of(len(data.pairs), config.dpo_batch_size, config.dpo_epochs, config)
+def _plans(data: Data, config: TrainConfig) -> dict[str, Plan]:
+    """The phases as they would be without a budget."""
+    return {
+        "sft": Plan(
+            steps_of(len(data.rows), config.batch_size, config.epochs, config),
+            sum(len(r.input_ids) for r in data.rows) * config.epochs,
+            sum(r.trained for r in data.rows) * config.epochs,
+        ),
+        "dpo": Plan(
+            steps_of(len(data.pairs), config.dpo_batch_size, config.dpo_epochs, config),
+            sum(p.tokens for p in data.pairs) * config.dpo_epochs,
+            sum(p.trained for p in data.pairs) * config.dpo_epochs,
+        ),
+    }
+
+
+def _go_on(progress: Progress, job: TrainJob) -> None:
+    """Tell the progress how much of the run earlier attempts have done."""
     for phase in ("dpo", "sft"):
         checkpoint = last_checkpoint(job.work_dir / phase)
         if checkpoint is not None:
@@ -140,17 +186,23 @@ def _phase(
     policy: Path | None,
     progress: Progress,
     tally: Tally,
+    plan: Plan,
+    steps: int,
 ) -> Path:
-    """Train one phase on top of `policy`; returns the adapter folder it left, at once when it is there."""
+    """Train one phase on top of `policy` for `steps` of those planned.
+
+    Returns the adapter folder it left, at once when it is there.
+    """
     adapter, measured = job.work_dir / f"{phase}-adapter", job.work_dir / f"{phase}.json"
     if not (adapter.is_dir() and measured.is_file()):
         folder = job.work_dir / phase
         model = load_policy(job.base_model, policy, config, tokenizer.pad_token_id)
         reference = None
+        fewer = steps if steps < plan.steps else None
         if phase == "sft":
-            trainer = sft_trainer(model, tokenizer, data.rows, config, folder, progress)
+            trainer = sft_trainer(model, tokenizer, data.rows, config, folder, progress, fewer)
         else:
-            trainer = dpo_trainer(model, tokenizer, data.pairs, config, folder, progress)
+            trainer = dpo_trainer(model, tokenizer, data.pairs, config, folder, progress, fewer)
             reference = trainer.starting_loss()
             check_reference(reference, tolerance=0.02 if trainer.args.bf16 else 1e-3)
         checkpoint = last_checkpoint(folder) if config.checkpoint_steps else None
@@ -162,6 +214,7 @@ def _phase(
             save_adapter(trainer.accelerator.unwrap_model(trainer.model), adapter)
             losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
             kept = {"losses": losses, "reference_loss": reference, "seconds": progress.seconds}
+            kept |= {"steps": trainer.state.global_step, "tokens": int(trainer.state.num_input_tokens_seen)}
             write_whole(measured, json.dumps(kept))
             shutil.rmtree(folder, ignore_errors=True)
         trainer.accelerator.wait_for_everyone()
@@ -170,6 +223,9 @@ def _phase(
     kept = json.loads(measured.read_text())
     tally.losses[phase] = kept["losses"]
     tally.reference_loss = kept["reference_loss"]
+    tally.steps += kept["steps"]
+    tally.tokens += kept["tokens"]
+    tally.trained += plan.trained * kept["tokens"] / plan.tokens
     return adapter
 
 
@@ -181,9 +237,7 @@ def _tokens_at(checkpoint: tuple[Path, float] | None) -> int:
 
 
 def _result(job: TrainJob, config: TrainConfig, note: str, data: Data, progress: Progress, tally: Tally) -> TrainResult:
-    tokens = sum(len(r.input_ids) for r in data.rows) * config.epochs
-    tokens += sum(p.tokens for p in data.pairs) * config.dpo_epochs
-    trained = sum(r.trained for r in data.rows) * config.epochs + sum(p.trained for p in data.pairs) * config.dpo_epochs
+    tokens, trained = tally.tokens, round(tally.trained)
     return TrainResult(
         adapter_dir=job.out_dir,
         profile=config.profile,
@@ -207,6 +261,7 @@ def _publish(job: TrainJob, adapter: Path, result: TrainResult) -> None:
     ready = job.work_dir / "ready"
     shutil.rmtree(ready, ignore_errors=True)
     shutil.copytree(adapter, ready)
+    write_proof(job.base_model, ready)
     write_whole(ready / RESULT, result.model_dump_json(indent=2))
     ready.rename(job.out_dir)
 
@@ -214,16 +269,16 @@ def _publish(job: TrainJob, adapter: Path, result: TrainResult) -> None:
 def _discard_other_work(job: TrainJob, main: bool) -> None:
     """Forget checkpoints that were made from other data, settings or models than this job's."""
     key_file = job.work_dir / "key"
-    files = [job.dataset_dir / name for name in ("sft.jsonl", "dpo.jsonl")]
+    files = [job.dataset_dir / name for name in (SFT_FILE, DPO_FILE)]
     texts = [f.read_text(encoding="utf-8") if f.is_file() else "" for f in files]
     settings = job.config.model_dump(exclude={"threads", "checkpoint_steps", "cache_ram_mb"})
-    key = content_hash([settings, str(job.base_model), str(job.parent_adapter), texts])
+    key = content_hash([settings, str(job.base_model), str(job.parent_adapter), texts, job.max_tokens])
+    key = content_hash([key, str(job.previous_adapter), job.most_rank]) if job.config.interpolate else key
     if not main or (key_file.is_file() and key_file.read_text() == key):
         return
-    for phase in ("sft", "dpo"):
+    for phase in ("sft", "dpo", "interpolated"):
         shutil.rmtree(job.work_dir / phase, ignore_errors=True)
         shutil.rmtree(job.work_dir / f"{phase}-adapter", ignore_errors=True)
         (job.work_dir / f"{phase}.json").unlink(missing_ok=True)
     job.work_dir.mkdir(parents=True, exist_ok=True)
     write_whole(key_file, key)
-    write_proof(job.base_model, ready)

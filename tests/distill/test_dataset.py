@@ -15,7 +15,7 @@ from distill.recipes import RECIPES
 from distill.snapshot import Snapshot
 from memory.errors import ConfigError, ConflictError, NotEnoughExperienceError, TrainingError
 from memory.recall import NoMemory
-from memory.records import RECALLED, Example, ExampleKind
+from memory.records import RECALLED, Example, ExampleKind, Step
 from tests.distill.samples import (
     SYSTEM,
     OneRun,
@@ -32,6 +32,7 @@ from tests.distill.samples import (
 )
 
 SMALL = DatasetConfig(min_examples=1)
+PARSED = {"role": "assistant", "tool_calls": [{"id": "c1", "function": {"name": "f", "arguments": {"a": 1}}}]}
 ALL = ["corrections", "successes", "contrast"]
 
 
@@ -178,6 +179,16 @@ def test_the_cap_of_a_workload_spares_the_others_and_thins_questions_evenly():
     assert max(e.task_id for e in data.examples if e.workload == "default") > "task_0015", "not simply the oldest"
 
 
+def test_nearly_the_same_question_asked_a_hundred_times_has_only_so_many_examples_whoever_asks():
+    words = "please tell me in which year this very famous old stone bridge over a wide river was built by monks"
+    variants = [task(n, f"{words} {'now' if n % 2 else 'today'}{'!' * (n // 2)}") for n in range(100)]
+    others = [task(n) for n in range(200, 205)]
+    made = snapshot(*[(one, trajectory(one, [say("1750")])) for one in [*variants, *others]])
+    data = made_of(made, ["successes"], max_per_cluster=6)
+    assert Counter(e.task_id < "task_0200" for e in data.examples) == {True: 6, False: 5}
+    assert data.dropped == {"over max_per_cluster": 94}
+
+
 def test_a_question_has_only_so_many_examples():
     one = task(1)
     runs = [trajectory(one, [call(f"1 + 1 + {n} * 0"), result("2"), say("2")], id=f"traj_{n}") for n in range(4)]
@@ -211,8 +222,12 @@ def test_an_unknown_recipe_and_too_little_experience_are_refused_with_what_to_do
         ({"messages": task(1).messages}, "does not end with an assistant turn"),
         ({"messages": [*task(1).messages, say("?", name="malformed"), say("2")]}, "holds an unreadable turn"),
         ({"messages": [*task(1).messages, {"role": "assistant", "tool_calls": [{}]}]}, "cannot be rendered"),
-        ({"kind": "dpo", "chosen": [say("2")]}, "a pair's sides must be one assistant turn each"),
+        ({"kind": "dpo", "chosen": [say("2")]}, "a pair's sides must begin and end with an assistant turn"),
         ({"kind": "dpo", "chosen": [say("2")], "rejected": [say("2", name="x")]}, "both sides say the same"),
+        (
+            {"messages": [*task(1).messages, PARSED, result("2"), say("2")]},
+            "a tool call's arguments are not a JSON string",
+        ),
     ],
 )
 def test_what_an_installed_recipe_gets_wrong_is_left_out_and_counted(monkeypatch, change, reason):
@@ -275,3 +290,34 @@ def test_a_disk_that_refuses_is_a_training_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(TrainingError, match="check the disk"):
         write(made_of(corrected(range(3))), tmp_path / "file" / "data")
+
+
+def test_the_dataset_carries_how_its_newest_runs_were_served_and_none_of_what_is_held_out(tmp_path):
+    made = [
+        (
+            one,
+            trajectory(
+                one, solve(n), steps=[Step(message=2, prompt_token_ids=[n, 7], token_ids=[8, 9], finish_reason="stop")]
+            ),
+        )
+        for n in range(1, 5)
+        for one in [task(n)]
+    ]
+    elsewhere = (task(9), trajectory(task(9), solve(9), steps=[Step(message=2)]))
+    data = made_of(snapshot(*made, elsewhere, held_out_tasks=[task(2, id="suite")]), ["successes"])
+    assert [(s.trajectory, s.prompt_token_ids, s.end_token_id) for s in data.served] == [
+        (f"traj_task_000{n}", [n, 7], 9) for n in (1, 3, 4)
+    ]
+    assert data.served[0].messages == [SYSTEM, *task(1).messages]
+    folder = tmp_path / "data"
+    manifest = write(data, folder)
+    assert manifest.served is not None
+    assert (manifest.served.rows, "served.jsonl" in manifest.files) == (3, False)
+    (folder / "served.jsonl").write_text("damaged")
+    assert read_manifest(folder) is None
+
+
+def test_a_tool_calls_arguments_stay_the_json_string_that_they_were(tmp_path):
+    write(made_of(corrected([1])), tmp_path / "data")
+    (row,) = [json.loads(line) for line in (tmp_path / "data" / "sft.jsonl").read_text().splitlines()]
+    assert row["messages"][2]["tool_calls"][0]["function"]["arguments"] == '{"expression": "1 + 1"}'
