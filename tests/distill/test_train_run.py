@@ -273,3 +273,31 @@ def test_the_trainers_last_word_reaches_the_service(tmp_path):
 def test_an_interpreter_that_is_not_there_is_named(tmp_path):
     with pytest.raises(TrainingError, match="could not be started with /no/such/python"):
         run(make_job(tmp_path, sums(4)), Path("/no/such/python"), lambda event: None)
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_budget_of_tokens_shortens_the_run_from_its_start_and_says_so(tmp_path, fits):
+    whole = train(make_job(tmp_path, [*sums(8), *preferences(4)], "whole", epochs=4, batch_size=2))
+    job = make_job(tmp_path, [*sums(8), *preferences(4)], "part", epochs=4, batch_size=2)
+    limit = whole.tokens if fits else whole.tokens // 2
+    part = train(job.model_copy(update={"max_tokens": limit}))
+    planned = events_of(job, "start")[0]["steps"]
+    done = events_of(job, "step")[-1]["step"]
+    assert part.reference_loss == pytest.approx(0.6931, abs=1e-4)
+    if fits:
+        assert (part.losses, part.tokens, part.note) == (whole.losses, whole.tokens, "")
+        assert (planned, done) == (18, 18)
+    else:
+        assert part.tokens <= limit + max(whole.tokens // 18 * 2, 1)
+        assert planned == done == 9
+        assert "9 of 18 steps" in part.note
+        assert part.mask_share == pytest.approx(whole.mask_share, abs=0.05)
+
+
+def test_a_run_whose_time_is_up_ends_with_the_step_it_is_in(tmp_path):
+    job = make_job(tmp_path, [*sums(8), *preferences(4)], epochs=4, batch_size=2)
+    result = train(job.model_copy(update={"max_seconds": 1e-6}))
+    assert len(result.losses["sft"]) == 1
+    assert "dpo" not in result.losses
+    assert "1 of 18 steps" in result.note
+    assert (job.out_dir / "adapter_model.safetensors").is_file()
