@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from sqlalchemy import Connection, func, select
@@ -128,7 +128,7 @@ class Ledger:
         *,
         after_seq: int = 0,
         upto_seq: int | None = None,
-        purpose: Purpose | None = None,
+        purpose: Purpose | Collection[Purpose] | None = None,
         tenant: str | None = None,
         workload: str | None = None,
         limit: int | None = None,
@@ -139,7 +139,10 @@ class Ledger:
         query = select(table.c.body).where(table.c.seq > after_seq)
         if upto_seq is not None:
             query = query.where(table.c.seq <= upto_seq)
-        wanted = {table.c.purpose: purpose, table.c.tenant: tenant, table.c.workload: workload}
+        purposes = [purpose] if isinstance(purpose, Purpose) else purpose
+        if purposes is not None:
+            query = query.where(table.c.purpose.in_(purposes))
+        wanted = {table.c.tenant: tenant, table.c.workload: workload}
         for column, value in wanted.items():
             if value is not None:
                 query = query.where(column == value)
@@ -343,7 +346,6 @@ class Ledger:
         with self._switching:
             self._switches += 1
             self._serving = None
-        return promotion
 
     def champion(self) -> Generation:
         """What is served; raises `NotFoundError` before the first start."""
@@ -352,8 +354,6 @@ class Ledger:
 
     def serving(self) -> Generation:
         """`champion` for every request: remembered for a second, forgotten when this process switches."""
-        known, now = self._serving, time.monotonic()
-        if known is not None and now - known[0] < SERVING_S:
         return self._on_duty()[0]
 
     def canary(self) -> Generation | None:
@@ -361,6 +361,8 @@ class Ledger:
         return self._on_duty()[1]
 
     def _on_duty(self) -> tuple[Generation, Generation | None]:
+        known, now = self._serving, time.monotonic()
+        if known is not None and now - known[0] < SERVING_S:
             return known[1:]
         switches = self._switches
         with self._database.reading() as connection:

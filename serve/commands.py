@@ -9,23 +9,27 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from evals.stats import wilson
+from memory import escalations
 from memory.errors import ConfigError
+from memory.escalations import EscalationFigures
 from memory.ledger import Ledger
+from memory.night_records import GenerationStatus
 from memory.records import FeedbackKind, MemoryStatus, Purpose
 from serve.batch import ResultsFile, read_tasks, run_lines
 from serve.client import Client
 from serve.settings import Settings
-from memory.night_records import GenerationStatus
+from serve.watching import standing
 from serve.wiring import running_service
 
 FINAL = ("succeeded", "failed", "cancelled")
 
-from serve.watching import standing
 
 def progress_bar(console: Console) -> Progress:
     """The progress bar of every long stage; a non-interactive terminal gets the finished bar only."""
@@ -109,29 +113,46 @@ def feedback_value(**given: Any) -> tuple[FeedbackKind, Any]:
 def follow_night(client: Client, job_id: str, console: Console) -> dict[str, Any]:
     """Show a night's events as they come; returns the job once it has ended."""
     seen: dict[str, Any] = {"order": "asc", "limit": 1000}
-    stage = ""
     with progress_bar(console) as bar:
         rows: dict[str, Any] = {}
+        stage = bar.add_task("begins", total=None, note="")
         while True:
             job = client.get(f"/v1/fine_tuning/jobs/{job_id}")
             for event in client.get(f"/v1/fine_tuning/jobs/{job_id}/events", **seen)["data"]:
                 seen["after"] = event["id"]
-                stage = _show(event, stage, bar, rows)
+                bar.update(stage, description=event["stage"])
+                _show(event, bar, rows)
             if job["status"] in FINAL:
+                bar.remove_task(stage)
                 return job
             time.sleep(0.5)
 
 
-def _show(event: dict[str, Any], stage: str, bar: Progress, rows: dict[str, Any]) -> str:
+def print_resumed(job: dict[str, Any], asked: dict[str, Any], console: Console) -> None:
+    """That an unfinished night goes on, and where; what was asked for a new one waits."""
+    done = ", ".join(job["nightschool"]["stages"]) or "nothing yet"
+    console.print(f"going on with {job['id']} (done: {done})", highlight=False)
+    if asked:
+        told = " and ".join(f"--{name}" for name in asked)
+        console.print(f"[yellow]{told} is for a new night: ask again when this one has ended[/yellow]", highlight=False)
+
+
+def _show(event: dict[str, Any], bar: Progress, rows: dict[str, Any]) -> None:
     data, name = event["data"], event["stage"]
     if name == "train" and data.get("steps"):
-        note = f"loss {data['loss']:.3f}" if data.get("loss") is not None else ""
-        _advance(bar, rows, "train", int(data.get("step") or 0), int(data["steps"]), note)
-    elif name == "evaluate" and data.get("total"):
+        _advance(bar, rows, "train", int(data.get("step") or 0), int(data["steps"]), _pace(data))
+    elif data.get("total"):
         _advance(bar, rows, event["message"], data["done"], data["total"], "")
-    elif event["message"] != "started" and name != "train":
-        bar.console.print(f"  [dim]{name:10}[/dim] {event['message']}", highlight=False)
-    return name
+    elif event["message"] != "started" and "event" not in data:
+        bar.console.print(f"  [dim]{name:10}[/dim] {escape(event['message'])}", highlight=False)
+
+
+def _pace(data: dict[str, Any]) -> str:
+    """`loss 0.312, 38926 tokens, 268 a second`: what a training event says of it."""
+    told = [f"loss {data['loss']:.3f}"] if data.get("loss") is not None else []
+    told += [f"{data['tokens']} tokens"] if data.get("tokens") else []
+    told += [f"{data['tokens_per_s']:.0f} a second"] if data.get("tokens_per_s") else []
+    return ", ".join(told)
 
 
 def _advance(bar: Progress, rows: dict[str, Any], title: str, done: int, total: int, note: str) -> None:
@@ -145,29 +166,44 @@ def print_night(job: dict[str, Any], console: Console) -> None:
     ours = job["nightschool"]
     console.print(f"[bold]night {job['id']}: {ours['status']}[/bold]")
     for reason in ours["reasons"]:
-        console.print(f"  - {reason}", highlight=False)
+        console.print(f"  - {escape(reason)}", highlight=False)
     console.print("  seconds: " + ", ".join(f"{k} {v}" for k, v in ours["stages"].items()), highlight=False)
-    if ours["report"]:
-        console.print(f"  report: {ours['report']}")
+    console.print(f"  report: {ours['report'] or 'nightschool report ' + job['id']}", highlight=False, soft_wrap=True)
 
 
 def print_generations(ledger: Ledger, console: Console) -> None:
     """The generations and the log of what served."""
-    table = Table("generation", "status", "parent", "served as", "night", "trained")
+    table = Table(box=SIMPLE_HEAD)
+    # An id that is cut or folded cannot be copied: a narrow terminal is not shown the nights.
+    nights = console.width >= 110
+    for name in ("generation", "status", "parent", "served as", "trained", *(["night"] if nights else [])):
+        table.add_column(name, no_wrap=True)
     for g in ledger.generations():
         table.add_row(
             str(g.number),
             f"canary {g.metrics['canary']['share']:.0%}" if g.status is GenerationStatus.CANARY else g.status,
             str(g.parent) if g.parent is not None else "-",
             g.served_name,
-            g.night_id or "-",
             f"{g.created_at:%Y-%m-%d %H:%M}",
+            *([g.night_id or "-"] if nights else []),
         )
     console.print(table)
+    for figures in escalations.figures(ledger.database):
+        console.print(f"generation {figures.generation}: {help_needed(figures)}", highlight=False)
     for p in ledger.promotions():
         console.print(
-            f"{p.at:%Y-%m-%d %H:%M}  {p.from_generation} -> {p.to_generation} by {p.by}: {p.why}", highlight=False
+            f"{p.at:%Y-%m-%d %H:%M}  {p.from_generation} -> {p.to_generation} by {p.by}: {p.why}",
+            highlight=False,
+            markup=False,
         )
+
+
+def help_needed(figures: EscalationFigures) -> str:
+    """`12 of 300 requests to the teacher (4.0%), 9 right, 5120 tokens, $0.0031`."""
+    share = "" if figures.rate is None else f" ({figures.rate:.1%})"
+    cost = "" if figures.cost_usd is None else f", ${figures.cost_usd:.4f}"
+    told = f"{figures.escalated} of {figures.requests} requests to the teacher{share}"
+    return f"{told}, {figures.succeeded} right by their verifier, {figures.tokens} tokens{cost}"
 
 
 def print_status(settings: Settings, ledger: Ledger, console: Console) -> None:
@@ -188,6 +224,15 @@ def print_status(settings: Settings, ledger: Ledger, console: Console) -> None:
         f"{len(ledger.principles(status=MemoryStatus.ACTIVE))} principles",
         "last night": f"{nights[-1].id}: {nights[-1].status}" if nights else "none yet",
     }
+    switches = ledger.promotions()
+    if switches:
+        last = switches[-1]
+        rows["last switch"] = f"{last.from_generation} -> {last.to_generation} by {last.by}: {last.why}"
+    for found in standing(ledger, settings.watch):
+        rows["watch"] = f"generation {found['generation']} against {found['against']}: {found['told']}"
+    if settings.teacher.model:
+        mine = [f for f in escalations.figures(ledger.database) if champion and f.generation == champion.number]
+        rows["teacher"] = f"{settings.teacher.model}; {help_needed(mine[0]) if mine else 'not needed by the champion'}"
     table = Table(show_header=False, box=None)
     for name, value in rows.items():
         table.add_row(name, value)
@@ -206,12 +251,3 @@ def print_evaluations(evaluations: Sequence[dict[str, Any]], console: Console) -
                 evaluation["suite"], workload, str(evaluation["generation"]), share(sum(results), len(results))
             )
     console.print(table)
-    switches = ledger.promotions()
-    if switches:
-        last = switches[-1]
-        rows["last switch"] = f"{last.from_generation} -> {last.to_generation} by {last.by}: {last.why}"
-    for found in standing(ledger, settings.watch):
-        rows["watch"] = f"generation {found['generation']} against {found['against']}: {found['told']}"
-    if settings.teacher.model:
-        mine = [f for f in escalations.figures(ledger.database) if champion and f.generation == champion.number]
-        rows["teacher"] = f"{settings.teacher.model}; {help_needed(mine[0]) if mine else 'not needed by the champion'}"

@@ -26,9 +26,11 @@ from distill.snapshot import Snapshot
 from memory.errors import NotEnoughExperienceError
 from memory.ledger import Ledger
 from memory.night_records import Night
-from memory.records import Example, Purpose
+from memory.records import Example
+from serve.escalation import recipes_with_teacher
+from serve.stages.budget import foretold
 from serve.stages.dataset import replayed
-from serve.stages.material import load_snapshot, snapshot
+from serve.stages.material import DAYS, load_snapshot, snapshot
 from serve.stages.night_run import NightRun, Output
 from serve.wiring import Services
 
@@ -114,30 +116,33 @@ def print_estimate(found: Estimate, console: Console) -> None:
 
 def _estimated(run: NightRun, drawn: Output, snap: Snapshot) -> Estimate:
     services, settings, ledger = run.services, run.services.settings, run.services.ledger
-    everyone = ledger.trajectories(upto_seq=drawn["upto"]["trajectory"], purpose=Purpose.SERVE)
+    everyone = ledger.trajectories(upto_seq=drawn["upto"]["trajectory"], purpose=DAYS)
     said = {f.id: f for f in ledger.feedback(upto_seq=drawn["upto"]["feedback"])}
     for judged in credit(said.values(), everyone, ledger.tasks(t.task_id for t in everyone), verify):
         standing = {"trust": judged.trust, "trust_reason": judged.reason}
         said[judged.feedback_id] = said[judged.feedback_id].model_copy(update=standing)
-    material = {t.id for t in [*snap.trajectories, *snap.begun]}
+    material = {t.id for t in [*snap.trajectories, *snap.begun, *snap.taught]}
     heard = [f for f in said.values() if f.trajectory_id in material]
     # Zero, so that a night that is too small still shows what it has.
     config = settings.dataset.model_copy(update={"min_examples": 0})
-    recipes = run.night.options.get("recipes") or settings.night.recipes
+    recipes = run.night.options.get("recipes") or recipes_with_teacher(settings.night.recipes, settings.teacher)
     dataset = build(replace(snap, feedback=heard), recipes, services.memory, compose, config)
     count, needed = sum(dataset.counts.values()), settings.night.min_examples
     again = replayed(run, snap, len(dataset.examples))
-    rows = [*dataset.examples, *again]
+    cost = _cost(ledger, [*dataset.examples, *again], settings.night.rehearsal)
     too_few = f"only {count} examples to learn from, {needed} needed"
     return Estimate(
         would_skip=count < needed,
-        reasons=[too_few if count < needed else f"{count} examples to learn from, {needed} needed"],
+        reasons=[
+            too_few if count < needed else f"{count} examples to learn from, {needed} needed",
+            *foretold(settings.night, cost.tokens, cost.train_seconds, cost.night_seconds),
+        ],
         starts_from=drawn["train_from"],
         runs=drawn["runs"],
         feedback=dict(sorted(Counter(f.trust.value for f in heard).items())),
         examples={**dataset.counts, "replay": len(again), "rehearsal": settings.night.rehearsal},
         dropped=dataset.dropped,
-        cost=_cost(ledger, rows, settings.night.rehearsal),
+        cost=cost,
     )
 
 

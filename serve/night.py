@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from datetime import datetime
 from typing import Any
 
 from dbos import DBOS, SetWorkflowID
@@ -16,8 +17,9 @@ from memory.errors import ConflictError, NightschoolError, NotEnoughExperienceEr
 from memory.night_records import GenerationStatus, Night, NightStatus, StageRun
 from serve import durable
 from serve.events import emitter
-from serve.stages import STAGES
-from serve.stages.night_run import CancelledNightError, NightRun, Output
+from serve.stages import STAGES, stages_of
+from serve.stages.night_run import CancelledNightError, NightRun, Output, OverBudgetError
+from serve.stages.practice import PRACTICE
 from serve.wiring import Services
 
 log = logging.getLogger(__name__)
@@ -34,7 +36,9 @@ class NightSchool:
         running = self.running()
         if running is not None:
             raise ConflictError(f"night {running.id} is running; wait for it or cancel it")
-        night = Night(options=options)
+        tasks = self._services.settings.night.practice
+        practises = {PRACTICE: tasks} if tasks and "training_file" not in options else {}
+        night = Night(options={**options, **practises})
         self._services.ledger.add_night(night)
         _go(night)
         return night
@@ -43,6 +47,11 @@ class NightSchool:
         """The night that has not ended, if there is one."""
         unfinished = [n for n in self._services.ledger.nights() if n.status is NightStatus.RUNNING]
         return unfinished[-1] if unfinished else None
+
+    def newest(self) -> datetime | None:
+        """When the newest night began, on the machine's own (naive) clock."""
+        nights = self._services.ledger.nights()
+        return nights[-1].created_at.astimezone().replace(tzinfo=None) if nights else None
 
     def resume(self) -> None:
         """At start: a night that the ledger knows as running goes on (DBOS skips the steps that are done)."""
@@ -68,12 +77,12 @@ def _go(night: Night) -> None:
 def run_night(night_id: str) -> str:
     """All stages, then the end. An expected error ends the night as failed or skipped, with its reason."""
     try:
-        for name in STAGES:
+        for name in stages_of(durable.services().ledger.night(night_id)):
             run_stage(night_id, name)
     except NightschoolError as exc:
         status = (
             NightStatus.SKIPPED
-            if isinstance(exc, NotEnoughExperienceError)
+            if isinstance(exc, NotEnoughExperienceError | OverBudgetError)
             else NightStatus.CANCELLED
             if isinstance(exc, CancelledNightError)
             else NightStatus.FAILED

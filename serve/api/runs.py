@@ -17,13 +17,15 @@ from agent.run import run_task
 from agent.state import RunOptions
 from memory import errors as our_errors
 from memory.errors import ConflictError, NotFoundError
+from memory.escalations import Reason
 from memory.recall import NoMemory
-from memory.records import Purpose, StopReason, Task, Trajectory, new_id
-from serve import promotion
+from memory.records import OutcomeSource, Purpose, StopReason, Task, Trajectory, new_id
+from serve import metrics, promotion
 from serve.api import openai_types as oai
 from serve.api.chat_tools import may_call, must_call
 from serve.api.conversations import predecessor
 from serve.api.errors import BusyError
+from serve.escalation import Teacher
 from serve.settings import ServerConfig
 from serve.wiring import Services
 
@@ -77,6 +79,9 @@ async def answer(
     `emit` hears the run while it goes on. `conversation_id`: the caller's name for what the run belongs to,
     where the request's `metadata` has none.
     A run that ended in an error of the engine or the request raises it; the ledger then has nothing of it.
+
+    With a teacher, a run that is expected to fail or failed its check may be the teacher's. A reply that is being
+    streamed cannot be taken back: after a failed check the teacher's run is kept for the night, and not sent.
     """
     with_agent, generation = promotion.resolve(services.ledger, request.model, promotion.asker_of(task))
     deps, asked = services.deps, task
@@ -86,24 +91,33 @@ async def answer(
         deps = replace(deps, recaller=NoMemory(), checkpointer=None)
         task = task.model_copy(update={"tools": []})
     options = await _options(services, task, request, run_id, emit, conversation_id)
-    async with turnstile.enter(), services.residency.using(generation):
-        trajectory = await run_task(
-            task,
-            promotion.model_ref(generation),
-            deps,
-            purpose=Purpose.UNTAUGHT if request.store is False else Purpose.SERVE,
-            sampling=_sampling(request, with_agent, services),
-            trajectory_id=run_id,
-            options=options,
-        )
+    teacher = _teacher(services, task, request)
+    trajectory = await _instead(services, teacher, task, generation.number, run_id, request, options)
+    if own := trajectory is None:
+        async with turnstile.enter(), services.residency.using(generation):
+            trajectory = await run_task(
+                task,
+                promotion.model_ref(generation),
+                deps,
+                purpose=Purpose.UNTAUGHT if request.store is False else Purpose.SERVE,
+                sampling=_sampling(request, with_agent, services),
+                trajectory_id=run_id,
+                options=options,
+            )
     if trajectory.stop_reason is StopReason.ERROR:
         # Nothing was acknowledged, and a retry with the same key must run again: only the log keeps it.
         kind = getattr(our_errors, trajectory.error_type or "", our_errors.ModelError)
         raise kind(trajectory.error)
+    failed = own and teacher is not None and _failed(trajectory)
+    if failed and teacher is not None and emit is None:
+        trajectory = await _helped(services, teacher, task, trajectory, request)
     if keep is not None:
         await keep(asked, trajectory)
     else:
         await services.ledger.record(asked, trajectory)
+    if failed and teacher is not None and emit is not None:
+        teacher.afterwards(_for_the_night(services, teacher, task, trajectory, request))
+    metrics.ran(trajectory)
     return trajectory
 
 
@@ -142,6 +156,90 @@ async def run_events(
     for event in unsaid(trajectory, said, calls):
         yield event
     yield trajectory
+
+
+def _teacher(services: Services, task: Task, request: oai.ChatCompletionRequest) -> Teacher | None:
+    """The teacher, where it may take this task: whoever names a generation, or wants nothing kept, asks for that."""
+    teacher = services.teacher
+    mine = teacher is not None and request.model == promotion.AGENT_MODEL and request.store is not False
+    return teacher if mine and teacher is not None and teacher.may_see(task) else None
+
+
+async def _instead(
+    services: Services,
+    teacher: Teacher | None,
+    task: Task,
+    generation: int,
+    run_id: str,
+    request: oai.ChatCompletionRequest,
+    options: RunOptions,
+) -> Trajectory | None:
+    """The teacher's run of a task that the own model is expected to fail; None: the own model is to run it."""
+    chance = await teacher.foreseen(task, generation, run_id) if teacher is not None else None
+    if teacher is None or chance is None:
+        return None
+    return await teacher.run(
+        task,
+        services.deps,
+        generation,
+        Reason.PREDICTED,
+        run_id=run_id,
+        expected=chance,
+        conversation_id=options.conversation_id,
+        sampling=_asked_of_teacher(request),
+    )
+
+
+async def _second(
+    services: Services, teacher: Teacher, task: Task, failed: Trajectory, request: oai.ChatCompletionRequest
+) -> Trajectory | None:
+    """The teacher's run of a task that the own model failed."""
+    return await teacher.run(
+        task,
+        services.deps,
+        failed.generation,
+        Reason.FAILED,
+        conversation_id=failed.conversation_id,
+        sampling=_asked_of_teacher(request),
+    )
+
+
+async def _helped(
+    services: Services, teacher: Teacher, task: Task, failed: Trajectory, request: oai.ChatCompletionRequest
+) -> Trajectory:
+    """The run that answers the client: the teacher's, where it did better. The other one is in the ledger beside it."""
+    taught = await _second(services, teacher, task, failed, request)
+    if taught is None:
+        return failed
+    if failed.answer is not None and _score(taught) <= _score(failed):
+        await services.ledger.record(task, taught)
+        return failed
+    await services.ledger.record(task, failed.model_copy(update={"id": taught.id}))
+    return taught.model_copy(update={"id": failed.id})
+
+
+async def _for_the_night(
+    services: Services, teacher: Teacher, task: Task, failed: Trajectory, request: oai.ChatCompletionRequest
+) -> Trajectory | None:
+    taught = await _second(services, teacher, task, failed, request)
+    if taught is not None:
+        await services.ledger.record(task, taught)
+    return taught
+
+
+def _failed(run: Trajectory) -> bool:
+    judged = run.outcome is not None and run.outcome.by is OutcomeSource.VERIFIER
+    return run.answer is None or (judged and not run.success)
+
+
+def _score(run: Trajectory) -> float:
+    return run.outcome.score if run.outcome is not None else 0.0
+
+
+def _asked_of_teacher(request: oai.ChatCompletionRequest) -> dict[str, Any]:
+    """What the request says of sampling that means the same to any model."""
+    ours = ("logit_bias", "logprobs", "top_logprobs", "seed")
+    return {name: value for name, value in request.sampling.items() if name not in ours}
 
 
 def unsaid(trajectory: Trajectory, said: str = "", calls: bool = False) -> list[RunEvent]:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from memory.night_records import Night
 from serve.stages.dataset import make_dataset
 from serve.stages.evaluation import judge, measure
 from serve.stages.material import judge_feedback, remember, snapshot
 from serve.stages.night_run import NightRun, Output
+from serve.stages.practice import PRACTICE, practise
 from serve.stages.publication import publish, report
 from serve.stages.training import train
 
@@ -19,6 +21,7 @@ STAGES: dict[str, Callable[[NightRun], Output]] = {
     "snapshot": snapshot,
     "credit": judge_feedback,
     "principles": remember,
+    PRACTICE: practise,
     "dataset": make_dataset,
     "train": train,
     "evaluate": measure,
@@ -27,3 +30,9 @@ STAGES: dict[str, Callable[[NightRun], Output]] = {
     "report": report,
 }
 """Name -> stage, in the order of a night (design: snapshot … report)."""
+
+
+def stages_of(night: Night) -> list[str]:
+    """The stages of one night. Its options say whether it practises, so a night that was begun by an older version
+    keeps its steps: DBOS tells them by their number when it goes on after a crash."""
+    return [name for name in STAGES if name != PRACTICE or night.options.get(PRACTICE)]

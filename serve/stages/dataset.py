@@ -10,13 +10,14 @@ from agent.llm import ChatRequest
 from agent.prompts import compose
 from distill.dataset import Dataset, DatasetConfig, build, build_uploaded, read_manifest, write
 from distill.rehearsal import RECIPE, Answer, rehearse
-from distill.replay import replay
+from distill.replay import replay, replay_shares, retention
 from distill.snapshot import Snapshot
 from distill.uploads import read_upload
 from memory import files
 from memory.errors import LedgerError, boundary
 from memory.night_records import NightStatus
 from memory.records import Example, Message, Task
+from serve.escalation import recipes_with_teacher
 from serve.stages.material import load_snapshot
 from serve.stages.night_run import NightRun, Output, starts_from
 from serve.wiring import Services, keep_task
@@ -31,10 +32,11 @@ def make_dataset(run: NightRun) -> Output:
         if "training_file" in run.night.options:
             dataset = _uploaded(run, snap.held_out_tasks, config)
         else:
-            recipes = run.night.options.get("recipes") or settings.night.recipes
+            recipes = run.night.options.get("recipes") or recipes_with_teacher(settings.night.recipes, settings.teacher)
             dataset = build(snap, recipes, services.memory, compose, config)
         again = replayed(run, snap, len(dataset.examples))
         general = run.wait(rehearse(_base_answer(services), settings.night.rehearsal))
+        general = [e for e in general if snap.held_out_reason(Task(messages=e.messages[:1])) is None]
         dataset = replace(
             dataset,
             examples=[*dataset.examples, *again, *general],
@@ -53,7 +55,8 @@ def _uploaded(run: NightRun, held_out: list[Task], config: DatasetConfig) -> Dat
         keep_task(run.services.ledger, task)
     material = Snapshot([], [], {task.id: task for task, _ in pairs}, seed=config.seed, held_out_tasks=held_out)
     # Whoever uploads a file wants all of it: the caps are against one voice drowning the others of a day.
-    roomy = config.model_copy(update={"max_per_workload": max(len(pairs), config.max_per_workload)})
+    room = {name: max(len(pairs), getattr(config, name)) for name in ("max_per_workload", "max_per_cluster")}
+    roomy = config.model_copy(update=room)
     return build_uploaded(material, (example for _, example in pairs), run.services.memory, compose, roomy)
 
 
@@ -88,4 +91,10 @@ def replayed(run: NightRun, snap: Snapshot, new: int) -> list[Example]:
     earlier = [example for night in past for example in ledger.examples(night.id) if example.recipe != RECIPE]
     tasks = ledger.tasks({example.task_id for example in earlier})
     allowed = [e for e in earlier if snap.held_out_reason(tasks[e.task_id]) is None]
-    return replay(allowed, new=new, share=settings.night.replay_share, seed=settings.dataset.seed)
+    share, shares = settings.night.replay_share, None
+    if settings.night.replay_schedule == "retention":
+        champion = run.done("snapshot")["champion"]
+        served = [p.to_generation for p in ledger.promotions() if p.to_generation != champion]
+        shares = replay_shares(share, *retention(ledger.evaluations(), [*served, champion]))
+        run.emit("dataset", "replay shares by retention", shares=shares)
+    return replay(allowed, new=new, share=share, seed=settings.dataset.seed, shares=shares)

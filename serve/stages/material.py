@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import datetime, timedelta
+
 from agent.llm import ChatRequest
 from agent.verify import verify
 from distill.credit import credit
@@ -11,10 +13,13 @@ from distill.snapshot import Snapshot
 from evals.suites import Suite
 from memory.forget import must_start_from_base
 from memory.night_records import NightStatus
-from memory.records import Purpose
+from memory.records import Purpose, Trajectory
 from serve import lessons, promotion
 from serve.stages.night_run import NightRun, Output
 from serve.suites import night_suites
+
+DAYS = (Purpose.SERVE, Purpose.TEACHER)
+"""What the days brought; practice is the nights' own."""
 
 
 def snapshot(run: NightRun) -> Output:
@@ -25,28 +30,44 @@ def snapshot(run: NightRun) -> Output:
     tainted = must_start_from_base(ledger.database, ledger.champion())
     start = "base" if tainted else settings.night.train_from
     if start == "champion":
+        # What only a generation knows that was rolled back since is still to be learned.
+        known = promotion.ancestry(ledger)
         for night in ledger.nights():
             stage = ledger.stage(night.id, "snapshot")
-            if night.status is NightStatus.PROMOTED and stage is not None:
-                since = stage.output["upto"]
+            if night.status is NightStatus.PROMOTED and night.candidate in known and stage is not None:
+                practised = ledger.stage(night.id, "practice")
+                since = stage.output["upto"] | ({"practice": practised.output["upto"]} if practised else {})
+    asked = run.night.options.get("since")
+    since = {"trajectory": 0, "feedback": 0} if asked else since
     champion = ledger.champion().number
     upto = ledger.watermark()
-    new = len(ledger.trajectories(after_seq=since["trajectory"], upto_seq=upto["trajectory"], purpose=Purpose.SERVE))
-    told = f"{new} runs since the last promoted night"
+    serve = ledger.trajectories(after_seq=since["trajectory"], upto_seq=upto["trajectory"], purpose=DAYS)
+    new = sum(_ended(t) >= datetime.fromisoformat(asked) for t in serve) if asked else len(serve)
+    told = f"{new} runs since {asked or 'the last promoted night'}"
     told += "; starting from the base model, since the champion learned from what was forgotten" if tainted else ""
     run.emit("snapshot", told, runs=new)
-    return {"since": since, "upto": upto, "champion": champion, "runs": new, "train_from": start}
+    drawn = {"since": since, "upto": upto, "champion": champion, "runs": new, "train_from": start}
+    return {**drawn, "since_time": asked}
 
 
 def load_snapshot(run: NightRun) -> Snapshot:
     """The records behind the watermark, always the same for the same night."""
     drawn, ledger = run.done("snapshot"), run.services.ledger
-    runs = {t.id: t for t in ledger.trajectories(upto_seq=drawn["upto"]["trajectory"], purpose=Purpose.SERVE)}
-    new = ledger.trajectories(
-        after_seq=drawn["since"]["trajectory"], upto_seq=drawn["upto"]["trajectory"], purpose=Purpose.SERVE
-    )
-    # A run that was corrected later than it was made is new experience as well.
+    since, upto = drawn["since"], drawn["upto"]["trajectory"]
+    runs = {t.id: t for t in ledger.trajectories(upto_seq=upto, purpose=DAYS)}
+    new = ledger.trajectories(after_seq=since["trajectory"], upto_seq=upto, purpose=DAYS)
+    # Practice comes after the line: this night's own, and that of nights since which did not promote.
+    practised = ledger.stage(run.night.id, "practice")
+    until = practised.output["upto"] if practised else upto
+    behind = since.get("practice", since["trajectory"])
+    tried = ledger.trajectories(after_seq=behind, upto_seq=until, purpose=Purpose.PRACTICE)
+    runs |= {t.id: t for t in tried}
+    new += tried
     said = ledger.feedback(after_seq=drawn["since"]["feedback"], upto_seq=drawn["upto"]["feedback"])
+    if asked := drawn.get("since_time"):
+        new = [t for t in new if _ended(t) >= datetime.fromisoformat(asked)]
+        said = [f for f in said if f.created_at >= datetime.fromisoformat(asked)]
+    # A run that was corrected later than it was made is new experience as well.
     wanted = {t.id for t in new} | {f.trajectory_id for f in said if f.trajectory_id in runs}
     trajectories = [runs[id] for id in sorted(wanted)]
     feedback = [f for f in ledger.feedback(upto_seq=drawn["upto"]["feedback"]) if f.trajectory_id in wanted]
@@ -60,6 +81,10 @@ def load_snapshot(run: NightRun) -> Snapshot:
     )
 
 
+def _ended(run: Trajectory) -> datetime:
+    return run.started_at + timedelta(seconds=run.seconds)
+
+
 def suites_of(run: NightRun) -> list[Suite]:
     """The night's suites, frozen in its folder at first use."""
     return night_suites(run.services.settings, run.services.ledger, run.folder)
@@ -70,7 +95,7 @@ def judge_feedback(run: NightRun) -> Output:
     if "training_file" in run.night.options:
         return {"trust": {}}
     ledger, drawn = run.services.ledger, run.done("snapshot")
-    trajectories = ledger.trajectories(upto_seq=drawn["upto"]["trajectory"], purpose=Purpose.SERVE)
+    trajectories = ledger.trajectories(upto_seq=drawn["upto"]["trajectory"], purpose=DAYS)
     feedback = ledger.feedback(upto_seq=drawn["upto"]["feedback"])
     tasks = ledger.tasks(t.task_id for t in trajectories)
     counts: dict[str, int] = {}

@@ -1,0 +1,141 @@
+"""The night's practice: what is tried again, that a crash repeats nothing, and that the recipes read it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from agent.llm import ChatRequest
+from distill.recipes.successes import successes
+from memory.errors import LedgerError
+from memory.night_records import Night, NightStatus
+from memory.records import Outcome, OutcomeSource, Purpose, Task, Trajectory
+from serve.events import read_events
+from serve.night import run_stage
+from serve.settings import NightConfig
+from serve.stages import STAGES, stages_of
+from serve.stages.material import load_snapshot, suites_of
+from serve.stages.night_run import NightRun
+from serve.wiring import Services
+from tests.memory import samples
+from tests.serve.fakes import running, settings_in
+
+TASKS, SAMPLES = 3, 2
+
+
+def pupil(request: ChatRequest) -> str:
+    """Right at every second try."""
+    right = int(request.sampling.get("seed", 1)) % 2 == 0
+    return f"Action: finish({5 if right else 6})"
+
+
+@pytest.fixture
+def services(tmp_path: Path) -> Iterator[Services]:
+    practice = {"practice": TASKS, "practice_samples": SAMPLES, "practice_temperature": 0.7}
+    night = NightConfig(**practice, held_out_share=0.3, controls=["chat"], concurrency=1)
+    with running(settings_in(tmp_path, night=night), pupil) as (_, made):
+        for number in range(12):
+            serve(made, samples.task(f"What is {number} + {5 - number}?"), success=number % 2 == 0)
+        serve(made, samples.task("Tell me a story.").model_copy(update={"reference": None}), success=None)
+        yield made
+
+
+def serve(services: Services, task: Task, success: bool | None) -> Trajectory:
+    outcome = None if success is None else Outcome(score=float(success), by=OutcomeSource.VERIFIER)
+    run = samples.trajectory(task).model_copy(update={"outcome": outcome})
+    services.ledger.add_run(task, run)
+    return run
+
+
+def begun(services: Services) -> NightRun:
+    """A night that has drawn its line."""
+    night = Night(options={"practice": TASKS})
+    services.ledger.add_night(night)
+    run_stage(night.id, "snapshot")
+    return run_of(services, night)
+
+
+def run_of(services: Services, night: Night) -> NightRun:
+    def done(stage: str) -> dict:
+        found = services.ledger.stage(night.id, stage)
+        assert found is not None
+        return found.output
+
+    return NightRun(services, night, lambda *_, **__: None, done)
+
+
+def tries(services: Services) -> list[Trajectory]:
+    return services.ledger.trajectories(purpose=Purpose.PRACTICE)
+
+
+def test_the_champion_tries_judged_tasks_again_and_none_that_are_held_out(services: Services) -> None:
+    run = begun(services)
+    run_stage(run.night.id, "practice")
+    made = tries(services)
+    assert len(made) == TASKS * SAMPLES
+    assert len({t.task_id for t in made}) == TASKS
+    tried = services.ledger.tasks(t.task_id for t in made).values()
+    held_out = [suite for suite in suites_of(run) if suite.role == "held_out"]
+    assert held_out
+    assert not {task.fingerprint for task in tried} & {f for suite in held_out for f in suite.fingerprints}
+    assert all(task.reference is not None for task in tried)
+    assert all(t.sampling["temperature"] == 0.7 and t.outcome is not None for t in made)
+    assert len({t.sampling["seed"] for t in made}) == len(made)
+    output = run.done("practice")
+    assert (output["tasks"], output["tries"]) == (TASKS, TASKS * SAMPLES)
+    assert output["successes"] == sum(t.success for t in made)
+    (told,) = [e for e in read_events(run.folder) if e["stage"] == "practice" and "arms" in e["data"]]
+    assert told["data"]["arms"] == output["arms"]
+    assert sum(arm["chosen"] for arm in output["arms"]) == TASKS
+
+
+def test_a_stage_that_died_goes_on_and_tries_nothing_twice(services: Services, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, real, left = begun(services), services.ledger.add_trajectory, [2]
+
+    def dies(trajectory: Trajectory) -> None:
+        if not left[0]:
+            raise LedgerError("killed")
+        left[0] -= 1
+        real(trajectory)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(services.ledger, "add_trajectory", dies)
+        with pytest.raises(LedgerError, match="killed"):
+            run_stage(run.night.id, "practice")
+    assert services.ledger.stage(run.night.id, "practice") is None
+    before = {t.id for t in tries(services)}
+    assert len(before) == 2
+    # What came meanwhile lies behind the line and does not change the plan.
+    serve(services, samples.task("What is 50 - 45?"), success=False)
+    run_stage(run.night.id, "practice")
+    after = {t.id for t in tries(services)}
+    assert before < after
+    assert len(after) == TASKS * SAMPLES
+    assert run.done("practice")["tries"] == TASKS * SAMPLES
+
+
+def test_the_recipes_read_the_practice_of_this_night_and_of_unpromoted_ones_only(services: Services) -> None:
+    first = begun(services)
+    run_stage(first.night.id, "practice")
+    won = {t.id for t in tries(services) if t.success}
+    assert won
+    material = load_snapshot(first)
+    assert won <= {t.id for t in material.trajectories}
+    assert {id for example in successes(material) for id in example.sources} & {t.id for t in tries(services)}
+
+    services.ledger.end_night(first.night.id, NightStatus.REJECTED, ["test"])
+    second = begun(services)
+    assert won <= {t.id for t in load_snapshot(second).trajectories}
+    run_stage(second.night.id, "practice")
+    services.ledger.end_night(second.night.id, NightStatus.PROMOTED, ["test"], candidate=0)
+    third = begun(services)
+    assert not [t for t in load_snapshot(third).trajectories if t.purpose is Purpose.PRACTICE]
+
+
+def test_a_night_of_an_older_version_keeps_its_steps() -> None:
+    practises = stages_of(Night(options={"practice": 2}))
+    assert practises == list(STAGES)
+    assert practises.index("practice") == practises.index("dataset") - 1
+    assert stages_of(Night(options={"recipes": ["successes"]})) == [n for n in STAGES if n != "practice"]
