@@ -19,9 +19,10 @@ from memory.index import Index, sync
 from memory.ledger import Ledger
 from memory.library import Documents
 from memory.night_records import Generation
-from memory.recall import Memory
+from memory.recall import Memory, RecallConfig
 from memory.search import by_index
 from serve import promotion
+from serve.escalation import make_teacher
 from serve.settings import ServerConfig, Settings
 from serve.wiring import Services, announce, open_ledger
 
@@ -60,7 +61,8 @@ class FakeResidency:
 
 def settings_in(folder: Path, **overrides: Any) -> Settings:
     """Settings over a temporary data folder, without keys."""
-    given: dict[str, Any] = {"server": ServerConfig(keys=False), **overrides}
+    # Whether a run is shown what was recalled follows from its id: what is not about that shows all of it.
+    given: dict[str, Any] = {"server": ServerConfig(keys=False), "recall": RecallConfig(withhold_share=0), **overrides}
     return Settings(data_dir=folder / "data", model="test/model", **given)
 
 
@@ -76,11 +78,15 @@ def services_in(
     memory = Memory(ledger, index, settings.recall)
     model = ScriptedModel(script)
     library = Documents(ledger.database, by_index(ledger, index), settings.knowledge)
-    deps = AgentDeps(llm=model, recaller=memory, library=library, config=settings.agent)
+    share = settings.recall.withhold_share
+    deps = AgentDeps(llm=model, recaller=memory, library=library, config=settings.agent, withhold_share=share)
     engine: Any = FakeEngine()
     residency: Any = FakeResidency()
+    teacher = make_teacher(settings.teacher, ledger, index.embedder)
     try:
-        yield Services(settings, ledger, index, memory, engine, residency, model, deps, loop, settings.data_dir)
+        yield Services(
+            settings, ledger, index, memory, engine, residency, model, deps, loop, settings.data_dir, teacher
+        )
     finally:
         index.close()
         ledger.close()
@@ -171,7 +177,7 @@ def running_server(settings: Settings, script: Callable[[ChatRequest], str | Exc
 
     thread = threading.Thread(target=live, daemon=True)
     thread.start()
-    assert started.wait(60), "the service did not start within a minute"
+    assert started.wait(180), "the service did not start within three minutes"
     if "services" not in held:
         raise held["error"]
     try:
