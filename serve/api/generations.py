@@ -10,6 +10,7 @@ from fastapi import APIRouter, Path, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from evals.runner import evaluate
+from memory import escalations
 from memory.errors import ConfigError
 from memory.lineage import runs_of_tenant
 from memory.night_records import Evaluation, Generation
@@ -26,14 +27,13 @@ Number = Annotated[int, Path(ge=0, lt=2**31)]
 
 
 class PromotionRequest(BaseModel):
-    """Why somebody switches by hand."""
+    """Why somebody switches by hand, and for which share of the users."""
 
     model_config = ConfigDict(extra="forbid")
 
     why: str = Field(default="by hand", min_length=1, max_length=2000)
 
 
-class EvaluationRequest(BaseModel):
 class SwitchRequest(PromotionRequest):
     """`POST /v1/generations/{number}/promote`."""
 
@@ -41,6 +41,7 @@ class SwitchRequest(PromotionRequest):
     """A share of the users, the same ones every time; None = all."""
 
 
+class EvaluationRequest(BaseModel):
     """`POST /v1/evaluations`: run suites on one generation."""
 
     model_config = ConfigDict(extra="forbid")
@@ -81,8 +82,11 @@ def evaluation_object(services: Services, evaluation: Evaluation, caller: Caller
 
 @router.get("/v1/generations")
 async def list_generations(request: Request) -> dict[str, Any]:
-    services = _services(request)
-    return {"object": "list", "data": [generation_object(g) for g in services.ledger.generations()]}
+    """All of them; `escalation`: how much of a teacher's help each needed, null for one that needed none."""
+    ledger = _services(request).ledger
+    helped = {f.generation: f.model_dump() for f in await asyncio.to_thread(escalations.figures, ledger.database)}
+    found = [generation_object(g) | {"escalation": helped.get(g.number)} for g in ledger.generations()]
+    return {"object": "list", "data": found}
 
 
 @router.post("/v1/generations/{number}/promote")
