@@ -17,7 +17,6 @@ from memory.errors import ConfigError, NightschoolError
 from serve.cli_batch import app as batch_app
 from serve.cli_keys import app as keys_app
 from serve.cli_knowledge import app as knowledge_app
-from serve.cli_knowledge import app as knowledge_app
 from serve.cli_memory import app as memory_app
 from serve.cli_nights import app as nights_app
 
@@ -31,7 +30,6 @@ app = typer.Typer(
 )
 app.add_typer(keys_app, name="keys")
 app.add_typer(memory_app, name="memory")
-app.add_typer(knowledge_app, name="knowledge")
 app.add_typer(knowledge_app, name="knowledge")
 app.add_typer(batch_app, name="batch")
 app.add_typer(nights_app)
@@ -129,26 +127,39 @@ def night(
     recipes: Annotated[str | None, typer.Option(help="comma-separated, instead of the settings'")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="only go on with an unfinished night")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what it would learn and cost; write nothing")] = False,
+    since: Annotated[
+        str | None, typer.Option(help="learn only from what came after: 24h, 7d, 2026-11-20, gen-3 or night_…")
+    ] = None,
+    cancel: Annotated[bool, typer.Option("--cancel", help="stop the running night; what serves stays")] = False,
 ) -> None:
-    """Distil, train, evaluate, then promote or reject. An unfinished night goes on first."""
+    """Distil, train, evaluate, then promote or reject. An unfinished night goes on first.
+
+    Look before you learn from the last day: `nightschool night --since 24h --dry-run`, then the same without it.
+    """
     from serve.client import connect
-    from serve.commands import follow_night, print_night
+    from serve.commands import follow_night, print_night, print_resumed
     from serve.dry_run import Estimate, print_estimate
 
+    body = {"recipes": recipes.split(",") if recipes else None, "since": since}
+    body = {name: value for name, value in body.items() if value is not None}
     with connect(_settings(context), _say) as client:
         if dry_run:
-            asked = {"recipes": recipes.split(",")} if recipes else {}
-            print_estimate(Estimate.model_validate(client.post("/v1/fine_tuning/jobs/estimate", asked)), out)
+            print_estimate(Estimate.model_validate(client.post("/v1/fine_tuning/jobs/estimate", body)), out)
             return
         jobs = client.get("/v1/fine_tuning/jobs")["data"]
         unfinished = [job for job in jobs if job["status"] == "running"]
         if resume and not unfinished:
             raise ConfigError("there is no unfinished night to resume")
-        body = {"recipes": recipes.split(",")} if recipes else {}
+        if cancel and not unfinished:
+            raise ConfigError("there is no unfinished night to cancel")
+        if cancel:
+            client.post(f"/v1/fine_tuning/jobs/{unfinished[0]['id']}/cancel", {})
+        elif unfinished:
+            print_resumed(unfinished[0], body, out)
         job = unfinished[0] if unfinished else client.post("/v1/fine_tuning/jobs", body)
         ended = follow_night(client, job["id"], out)
         print_night(ended, out)
-        if ended["status"] == "failed":
+        if ended["nightschool"]["status"] == "failed":
             raise ConfigError(ended["error"]["message"])
 
 
