@@ -1,0 +1,87 @@
+"""What a night that goes on from the champion replays of earlier ones, by the fixed schedule and by retention."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from distill.snapshot import Snapshot
+from memory.ledger import Ledger
+from memory.night_records import Evaluation, Generation, GenerationStatus, Night, NightStatus, TaskOutcome
+from memory.records import Example, ExampleKind, Task
+from serve import promotion
+from serve.settings import NightConfig
+from serve.stages.dataset import replayed
+from serve.stages.night_run import NightRun
+from serve.wiring import open_ledger
+from tests.serve.fakes import settings_in
+
+WORKLOADS = ("sums", "words")
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Iterator[Ledger]:
+    """Two promoted nights; the second champion lost half of `sums`."""
+    ledger = open_ledger(settings_in(tmp_path))
+    promotion.ensure_base(ledger, "test/model")
+    for number, sums in ((1, 1.0), (2, 0.5)):
+        night = Night(id=f"night_{number}")
+        ledger.add_night(night)
+        ledger.add_examples(night.id, taught(ledger, number))
+        ledger.add_generation(
+            Generation(number=number, base_model="test/model", night_id=night.id, status=GenerationStatus.CANDIDATE)
+        )
+        ledger.add_evaluation(measured(number, sums, night.id))
+        ledger.promote(number, why="better", by="night")
+        ledger.end_night(night.id, NightStatus.PROMOTED, [], candidate=number, report_path=None)
+    yield ledger
+    ledger.close()
+
+
+def taught(ledger: Ledger, number: int) -> list[Example]:
+    examples = []
+    for workload in WORKLOADS:
+        for n in range(20):
+            asked: list[dict[str, Any]] = [{"role": "user", "content": f"{workload} {number} {n}"}]
+            task = Task(workload=workload, messages=asked)
+            ledger.add_task(task)
+            said = [*asked, {"role": "assistant", "content": str(n)}]
+            fields: dict[str, Any] = {"workload": workload, "task_id": task.id, "messages": said}
+            examples.append(Example(recipe="successes", kind=ExampleKind.SFT, **fields))
+    return examples
+
+
+def measured(generation: int, sums: float, night_id: str) -> Evaluation:
+    scores = {"sums": sums, "words": 0.8}
+    outcomes = [
+        TaskOutcome(key=f"{workload} {n}", workload=workload, score=float(n < 10 * scores[workload]))
+        for workload in WORKLOADS
+        for n in range(10)
+    ]
+    fields: dict[str, Any] = {"suite": "held_out", "suite_hash": "h", "role": "held_out", "memory": True}
+    return Evaluation(generation=generation, outcomes=outcomes, seconds=1.0, night_id=night_id, **fields)
+
+
+def tonight(ledger: Ledger, folder: Path, **night: Any) -> Counter[str]:
+    settings = settings_in(folder, night=NightConfig(replay_share=0.5, **night))
+    services: Any = SimpleNamespace(ledger=ledger, settings=settings)
+    drawn = {"champion": 2, "train_from": night.get("train_from", "champion")}
+    run = NightRun(services, Night(id="night_3"), lambda *_, **__: None, lambda _stage: drawn)
+    return Counter(example.workload for example in replayed(run, Snapshot([], [], {}), 16))
+
+
+def test_by_default_every_workload_has_its_fixed_share(ledger: Ledger, tmp_path: Path) -> None:
+    assert tonight(ledger, tmp_path) == {"sums": 4, "words": 4}
+
+
+def test_by_retention_a_workload_that_the_champion_lost_is_replayed_more(ledger: Ledger, tmp_path: Path) -> None:
+    assert tonight(ledger, tmp_path, replay_schedule="retention") == {"sums": 12, "words": 4}
+
+
+def test_from_the_base_model_nothing_is_replayed(ledger: Ledger, tmp_path: Path) -> None:
+    assert not tonight(ledger, tmp_path, train_from="base", replay_schedule="retention")
