@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import threading
 from collections.abc import Iterator
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
-from memory.embed import Embedder
+from memory.embed import Embedder, load_embedder
 from memory.errors import IndexUnavailableError
-from memory.index import READY, Index
+from memory.index import READY, Index, sync
 from memory.indexer import Indexer
 from memory.ledger import Ledger
 from memory.recall import Memory, RecallConfig
@@ -116,3 +120,59 @@ def test_a_reindex_changes_nothing_but_the_build(sqlite_ledger: Ledger, index: I
     assert ids(index) == [run.id]
     assert indexer.wait(60)
     assert (index.count(), ids(index)) == (1, [run.id])
+
+
+class Letters(BaseHTTPRequestHandler):
+    """An OpenAI-compatible embeddings endpoint: how often each of some letters occurs. It waits where it is told to."""
+
+    open = threading.Event()
+
+    def do_POST(self) -> None:
+        texts = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["input"]
+        if len(texts) > 1:
+            self.open.wait(60)
+        rows = [
+            {"object": "embedding", "index": i, "embedding": [1.0 + text.count(letter) for letter in "aceghilmnorst"]}
+            for i, text in enumerate(texts)
+        ]
+        usage = {"prompt_tokens": 1, "total_tokens": 1}
+        body = json.dumps({"object": "list", "model": "letters", "data": rows, "usage": usage}).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def test_an_endpoint_takes_over_from_wordllama_while_the_old_index_answers(
+    sqlite_ledger: Ledger, folder: Path, embedder: Embedder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Letters)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("OPENAI_API_BASE", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    run, other = (samples.remember(sqlite_ledger, text) for text in (QUESTION, "Sort these words by length."))
+    first = Index.open(folder, embedder)
+    sync(sqlite_ledger, first)
+    first.close()
+    load = partial(load_embedder, cache_dir=tmp_path)
+    index = Index.open(folder, load("litellm:openai/letters"), load)
+    keeper = Indexer(sqlite_ledger, index)
+    keeper.start()
+    memory = Memory(sqlite_ledger, index, RecallConfig())
+    asked = samples.task("How many legs do 7 cows have?")
+    assert index.state == "rebuilding"
+    assert memory.recall(asked).runs == [run]
+    assert index.query(RUN, "default", QUESTION, 9)[0][0] == run.id
+    Letters.open.set()
+    assert keeper.wait(60)
+    assert (index.state, memory.recall(asked).runs) == ("ready", [run])
+    assert json.loads((folder / READY).read_text())["embedder"] == "litellm:openai/letters"
+    assert {found for found, _ in index.query(RUN, "default", QUESTION, 9)} == {run.id, other.id}
+    keeper.close()
+    index.close()
+    server.shutdown()
+    server.server_close()

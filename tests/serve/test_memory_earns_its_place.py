@@ -1,4 +1,4 @@
-"""Over the API: what memory withholds now and then measures it; a night retires what hurts and puts by what is known."""
+"""Over the API: what memory withholds now and then measures it; nights retire what hurts and put by what is known."""
 
 from __future__ import annotations
 
