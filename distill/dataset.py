@@ -169,8 +169,18 @@ def _laid_out(
         dropped=dict(sorted(dropped.items())),
         config=config,
         seed=snapshot.seed,
-        served=served_turns(snapshot.trajectories, lambda run: _may_enter(snapshot, run)),
+        served=served_of(snapshot),
     )
+
+
+def served_of(snapshot: Snapshot) -> list[Served]:
+    """How the newest runs were served, those of held-out tasks left out."""
+
+    def may_enter(run: Trajectory) -> bool:
+        task = snapshot.tasks.get(run.task_id)
+        return task is not None and snapshot.held_out_reason(task) is None
+
+    return served_turns(snapshot.trajectories, may_enter)
 
 
 def write(dataset: Dataset, folder: Path) -> Manifest:
@@ -252,11 +262,6 @@ def _capped(
             of_cluster[cluster] += 1
             chosen.append(example)
     return chosen
-
-
-def _may_enter(snapshot: Snapshot, run: Trajectory) -> bool:
-    task = snapshot.tasks.get(run.task_id)
-    return task is not None and snapshot.held_out_reason(task) is None
 
 
 def _asked(task: Task) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from agent.llm import ChatRequest
 from agent.prompts import compose
-from distill.dataset import Dataset, DatasetConfig, build, build_uploaded, read_manifest, write
+from distill.dataset import Dataset, DatasetConfig, build, build_uploaded, read_manifest, served_of, write
 from distill.rehearsal import RECIPE, Answer, rehearse
 from distill.replay import replay, replay_shares, retention
 from distill.snapshot import Snapshot
@@ -30,7 +30,7 @@ def make_dataset(run: NightRun) -> Output:
     if (manifest := read_manifest(folder)) is None:
         config = settings.dataset.model_copy(update={"min_examples": settings.night.min_examples})
         if "training_file" in run.night.options:
-            dataset = _uploaded(run, snap.held_out_tasks, config)
+            dataset = _uploaded(run, snap, config)
         else:
             recipes = run.night.options.get("recipes") or recipes_with_teacher(settings.night.recipes, settings.teacher)
             dataset = build(snap, recipes, services.memory, compose, config)
@@ -48,16 +48,18 @@ def make_dataset(run: NightRun) -> Output:
     return {"folder": str(folder), **manifest.model_dump(mode="json", include={"counts", "dropped", "files"})}
 
 
-def _uploaded(run: NightRun, held_out: list[Task], config: DatasetConfig) -> Dataset:
+def _uploaded(run: NightRun, snap: Snapshot, config: DatasetConfig) -> Dataset:
     """The uploaded file's examples; its lines are in the ledger as tasks, as everything is that was learned."""
     pairs = list(uploaded_examples(run.services, run.night.options))
     for task, _ in pairs:
         keep_task(run.services.ledger, task)
-    material = Snapshot([], [], {task.id: task for task, _ in pairs}, seed=config.seed, held_out_tasks=held_out)
+    tasks = {task.id: task for task, _ in pairs}
+    material = Snapshot([], [], tasks, seed=config.seed, held_out_tasks=snap.held_out_tasks)
     # Whoever uploads a file wants all of it: the caps are against one voice drowning the others of a day.
     room = {name: max(len(pairs), getattr(config, name)) for name in ("max_per_workload", "max_per_cluster")}
     roomy = config.model_copy(update=room)
-    return build_uploaded(material, (example for _, example in pairs), run.services.memory, compose, roomy)
+    dataset = build_uploaded(material, (example for _, example in pairs), run.services.memory, compose, roomy)
+    return replace(dataset, served=served_of(snap))
 
 
 def uploaded_examples(services: Services, options: dict[str, Any]) -> Iterator[tuple[Task, Example]]:
