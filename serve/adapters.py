@@ -146,11 +146,12 @@ def _compared(name: str, proof: Proof, base: list[float], adapted: list[float], 
             f"{name} was trained on another base model than the engine serves: without the adapter their log-probs "
             f"differ by {noise:.2g} nats on average, {tolerance:g} may come from rounding (engine.proof_tolerance)"
         )
-    # Rounding may hide a weak adapter inside the tolerance: nearer to what was trained than to the base all the same.
-    if not error <= tolerance or not error <= _distance(adapted, plain):
+    # A weak adapter that is applied wrongly would pass inside the tolerance: rounding is no larger than it is without.
+    allowed = min(tolerance, max(_distance(trained, plain) / 2, 2 * noise))
+    if not error <= allowed:
         raise EngineError(
             f"{name} is not served as it was trained: its log-probs differ from the trainer's by {error:.2g} nats on "
-            f"average, {tolerance:g} may come from rounding (engine.proof_tolerance)"
+            f"average, {allowed:.2g} may come from rounding (at most engine.proof_tolerance)"
         )
     return error
 

@@ -61,6 +61,7 @@ def repair_cpu_lora() -> None:
         PunicaWrapperBase.update_metadata(self, *args, **kwargs)
         self.token_groups = groups(self.token_lora_indices)
         self.sampler_groups = groups(self.sampler_indices)
+        self.sampler_rows = len(self.sampler_indices)
 
     def add(y: Any, x: Any, a: Any, b: Any, scale: float, batch: list[tuple[int, Any]]) -> None:
         for slot, rows in batch:
@@ -83,7 +84,10 @@ def repair_cpu_lora() -> None:
         self: Any, y: Any, x: Any, a: Any, b: Any, scale: float, *, buffer: Any = None, **_: Any
     ) -> None:
         x, y = x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-        add(y[:, : b.shape[-2]], x, a, b, scale, self.sampler_groups)
+        # Prompt log-probs come with rows of their own, one request at a time: the sampler's row numbers beside them
+        # mix requests up and, in a large batch, end the engine. Adapters of ours have no weights for the head.
+        if len(x) == self.sampler_rows:
+            add(y[:, : b.shape[-2]], x, a, b, scale, self.sampler_groups)
 
     PunicaWrapperCPU.update_metadata = update_metadata
     PunicaWrapperCPU.add_lora_linear = add_lora_linear

@@ -119,13 +119,15 @@ async def _measure(settings: Settings, folder: Path) -> BenchResult:
     server = ServerConfig(keys=False, max_concurrent=CLIENTS)
     settings = settings.model_copy(update={"data_dir": folder / "data", "server": server})
     async with build(settings, print) as services:
-        made = [await asyncio.to_thread(_adapter, services, number) for number in range(1, ADAPTERS + 1)]
+        made = await asyncio.to_thread(_adapters, services)
         await services.engine.wait_ready(900)
         figures = await _alone(services, made)
         app = create_app(services, NightSchool(services))
         transport = httpx.ASGITransport(app)  # pyright: ignore[reportArgumentType]
         async with httpx.AsyncClient(transport=transport, base_url="http://bench", timeout=STALLED_S) as http:
-            load = await under_load(http, list(islice(cycle(range(1, ADAPTERS + 1)), SWAPS)), _asked)
+            load = await under_load(
+                http, list(islice(cycle(range(1, ADAPTERS + 1)), SWAPS)), _asked, between=CLIENTS // 2
+            )
         foreign, margin = await _foreign(services, load.answered, made)
     seconds = [reply.seconds for reply in load.answered]
     figures |= {
@@ -210,40 +212,45 @@ async def _scored(services: Services, name: str, tokens: Sequence[int]) -> list[
     return [float(entry[str(token)]["logprob"]) for token, entry in zip(tokens[1:], entries, strict=True)]
 
 
-def _adapter(services: Services, number: int) -> Generation:
-    """A generation whose adapter changes every answer, with its proof, made in the trainer's interpreter."""
+def _adapters(services: Services) -> list[Generation]:
+    """Generations whose adapters change every answer, with their proofs, made in the trainer's interpreter."""
     from serve.adapters import adapter_sha256
 
-    settings, name = services.settings, f"bench-{number}"
-    folder = settings.adapters_dir / name
+    settings, numbers = services.settings, range(1, ADAPTERS + 1)
+    folders = [settings.adapters_dir / f"bench-{number}" for number in numbers]
     script = (
         "import sys, torch\n"
         "from pathlib import Path\n"
         "from peft import LoraConfig, get_peft_model\n"
         "from transformers import AutoModelForCausalLM\n"
         "from distill.train.proof import write_proof\n"
-        "torch.manual_seed(int(sys.argv[3]))\n"
-        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)\n"
+        "base, *folders = map(Path, sys.argv[1:])\n"
         f"config = LoraConfig(r={settings.train.rank}, lora_alpha={settings.train.alpha},\n"
         "    target_modules='all-linear', task_type='CAUSAL_LM')\n"
-        "model = get_peft_model(model, config)\n"
-        "for part, weight in model.named_parameters():\n"
-        "    if 'lora_B' in part:\n"
-        "        torch.nn.init.normal_(weight, std=0.01)\n"
-        "model.save_pretrained(sys.argv[2])\n"
-        "write_proof(Path(sys.argv[1]), Path(sys.argv[2]))\n"
+        "for number, folder in enumerate(folders):\n"
+        "    torch.manual_seed(number)\n"
+        "    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)\n"
+        "    for part, weight in model.named_parameters():\n"
+        "        if 'lora_B' in part:\n"
+        "            torch.nn.init.normal_(weight, std=0.01)\n"
+        "    model.save_pretrained(folder)\n"
+        "    write_proof(base, folder)\n"
     )
-    arguments = [str(settings.trainer_python), "-c", script, str(services.base_model), str(folder), str(number)]
+    arguments = [str(settings.trainer_python), "-c", script, str(services.base_model), *map(str, folders)]
     done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise EngineError(f"no adapter to switch to: {done.stderr.strip().splitlines()[-1]}")
-    generation = Generation(
-        number=number,
-        parent=0,
-        base_model=settings.model,
-        adapter_path=name,
-        adapter_sha256=adapter_sha256(folder),
-        status=GenerationStatus.CANDIDATE,
-    )
-    services.ledger.add_generation(generation)
-    return generation
+        raise EngineError(f"no adapters to switch between: {done.stderr.strip().splitlines()[-1]}")
+    made = [
+        Generation(
+            number=number,
+            parent=0,
+            base_model=settings.model,
+            adapter_path=folder.name,
+            adapter_sha256=adapter_sha256(folder),
+            status=GenerationStatus.CANDIDATE,
+        )
+        for number, folder in zip(numbers, folders, strict=True)
+    ]
+    for generation in made:
+        services.ledger.add_generation(generation)
+    return made

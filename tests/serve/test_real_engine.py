@@ -16,10 +16,10 @@ from typing import Any
 import psutil
 import pytest
 
-from distill.train.proof import write_proof
+from distill.train.proof import read_proof, write_proof
 from memory.errors import EngineError
 from memory.night_records import Generation, GenerationStatus
-from serve.adapters import Residency, adapter_sha256, loaded
+from serve.adapters import Residency, adapter_sha256, loaded, probe
 from serve.engine import Engine, EngineConfig, request
 from tests.serve.conftest import PYTHON, needs_engine
 
@@ -74,6 +74,7 @@ def test_the_real_engine_answers_survives_and_serves_adapters(tmp_path: Path, mo
     registry = tmp_path / "adapters"
     registry.mkdir()
     generations = [adapter(model, registry, number, 0.02) for number in (1, 2)]
+    proofs = [read_proof(registry / str(generation.adapter_path)) for generation in generations]
     no_op = adapter(model, registry, 3, 0.0)
     wrong = scaled(adapter(model, registry, 4, 0.02), registry)
 
@@ -122,6 +123,12 @@ def test_the_real_engine_answers_survives_and_serves_adapters(tmp_path: Path, mo
             # With every place taken, in one batch with adapters, the base model still answers as itself.
             mixed = await asyncio.gather(*(ask(engine, model=g.served_name) for g in generations), ask(engine))
             assert logprobs(mixed[-1]) == pytest.approx(logprobs(plain), abs=2e-2)
+
+            # Proved in the middle of a load, many at once: the probes' own rows are mixed up with nobody's.
+            crowd = [ask(engine, model=g.served_name) for g in generations for _ in range(12)]
+            crowded: Any = (await asyncio.gather(*crowd, probe(engine, generations[0].served_name, proofs[0])))[-1]
+            assert crowded.error is not None
+            assert crowded.error < 0.1 * crowded.mean_delta
 
             # kill -9: it comes back with its adapters.
             assert engine.pid is not None
