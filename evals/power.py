@@ -33,7 +33,7 @@ class Sizes:
 DEMO = Sizes(
     held_out=dict.fromkeys(("chain_sum", "products", "gcd", "lcm", "letter_counting", "simple_equations"), 16),
     controls={"chat": {"chat": 24}, "tool_validity": {"form": 24}, "refusals": {"refuse": 6, "answer": 6}},
-    champion={HELD_OUT: 0.7, "chat": 0.83, "tool_validity": 1.0, "refuse": 0.2, "answer": 0.9},
+    champion={HELD_OUT: 0.7, "chat": 0.83, "tool_validity": 1.0, "refuse": 0.0, "answer": 1.0},
 )
 """`make demo`'s suites; the champion's rates are generation 0's there with memory, rounded."""
 
