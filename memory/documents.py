@@ -262,8 +262,12 @@ def of_user(connection: Connection, tenant: str, user: str | None) -> list[tuple
 def _known(connection: Connection, given: Given) -> Document | None:
     query = select(documents.c.body).where(documents.c.tenant == given.tenant, documents.c.sha256 == given.sha256)
     same = [d for d in rows.read(connection, Document, query.order_by(documents.c.seq)) if d.workload == given.workload]
-    # Its own name first: a copy under another one must not hide that this one is as it was.
-    return next((d for d in same if d.source == given.source), same[0] if same else None)
+    own = next((d for d in same if d.source == given.source), None)
+    if own is not None or not same:
+        return own
+    # A file that came to equal another one must not leave what it said before behind.
+    named = select(documents.c.id).where(documents.c.tenant == given.tenant, documents.c.source == given.source)
+    return same[0] if connection.execute(named).first() is None else None
 
 
 def _mine(key: rows.Key) -> list[Any]:

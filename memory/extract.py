@@ -12,7 +12,7 @@ import os
 import re
 import subprocess
 import sys
-import threading
+from contextlib import suppress
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,6 @@ MEMORY_BYTES = 1 << 30
 MAX_CHARS = 8_000_000
 """Of text in one document."""
 
-AT_ONCE = threading.Semaphore(2)
 CHILD = "from memory.extract import main; main()"
 REFUSED = 3
 """The child's exit code when what it printed is the reason why the file cannot be read."""
@@ -46,17 +45,16 @@ def in_child(data: bytes, kind: str, max_pages: int) -> tuple[str | None, list[F
     """Title and blocks of an `html` or `pdf` file; ConfigError, saying why, when it cannot be read in time."""
     root = str(Path(__file__).parents[1])
     path = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH")) if part)
-    command = [sys.executable, "-c", CHILD, kind, str(max_pages)]
+    command = [sys.executable, "-P", "-c", CHILD, kind, str(max_pages)]
     try:
-        with AT_ONCE:
-            child = subprocess.run(
-                command,
-                input=data,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                timeout=WALL_S,
-                env={**os.environ, "PYTHONPATH": path},
-            )
+        child = subprocess.run(
+            command,
+            input=data,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            timeout=WALL_S,
+            env={**os.environ, "PYTHONPATH": path},
+        )
     except subprocess.TimeoutExpired as exc:
         raise ConfigError(f"reading it took longer than {WALL_S:.0f} s") from exc
     if child.returncode not in (0, REFUSED):
@@ -85,9 +83,10 @@ def main() -> None:
 def _limit() -> None:
     import resource
 
-    resource.setrlimit(resource.RLIMIT_CPU, (CPU_S, CPU_S))
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    limits = {resource.RLIMIT_CPU: CPU_S, resource.RLIMIT_AS: MEMORY_BYTES, resource.RLIMIT_CORE: 0}
+    for limit, most in limits.items():
+        with suppress(ValueError, OSError):  # macOS knows no limit of memory
+            resource.setrlimit(limit, (most, most))
 
 
 def from_pdf(data: bytes, max_pages: int) -> tuple[str | None, list[Found]]:

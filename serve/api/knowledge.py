@@ -28,6 +28,9 @@ from serve.wiring import Services
 log = logging.getLogger(__name__)
 router = APIRouter(dependencies=[requires(Scope.MEMORY)])
 
+AT_ONCE = 2
+"""Documents read at the same time: the threads that wait are the ones that recall needs."""
+
 LONGEST_FIELD = 1000
 FIELDS = ("source", "workload", "user")
 
@@ -133,7 +136,8 @@ async def add_document(request: Request) -> dict[str, Any]:
         _follow(services)
         return document_object(document) | {"outcome": fate.value}
 
-    return await asyncio.to_thread(bring)
+    async with _turn(request):
+        return await asyncio.to_thread(bring)
 
 
 @router.get("/v1/knowledge/documents")
@@ -194,6 +198,13 @@ def passage_object(chunk: Chunk, document: Document) -> dict[str, Any]:
 def hit_object(passage: Passage) -> dict[str, Any]:
     """A passage that was searched for."""
     return passage_object(passage.chunk, passage.document) | {"similarity": passage.similarity}
+
+
+def _turn(request: Request) -> asyncio.Semaphore:
+    state = request.app.state
+    if not hasattr(state, "reading"):
+        state.reading = asyncio.Semaphore(AT_ONCE)
+    return state.reading
 
 
 def _named(form: Form) -> str:

@@ -60,6 +60,15 @@ def test_the_same_content_is_kept_once_and_a_changed_file_replaces_it(ledger: Le
     assert (fate, narrowed.id, narrowed.workload) == (Fate.REPLACED, first.id, "shop")
 
 
+def test_a_file_that_came_to_equal_another_one_leaves_nothing_of_what_it_said(sqlite_ledger: Ledger) -> None:
+    bring(sqlite_ledger, "pumps.md", PUMPS)
+    tea, _ = bring(sqlite_ledger, "tea.txt", TEA)
+    same, fate = bring(sqlite_ledger, "tea.txt", PUMPS)
+    assert (fate, same.id) == (Fate.REPLACED, tea.id)
+    texts = [chunk.text for chunk in documents.chunks_of(sqlite_ledger.database, tea.id, tenant="ada")]
+    assert not any("tea" in text for text in texts)
+
+
 def test_no_function_reaches_another_tenants_document(ledger: Ledger) -> None:
     theirs, _ = bring(ledger, "pumps.md", PUMPS)
     mine, fate = bring(ledger, "pumps.md", PUMPS, tenant="eve")
