@@ -160,7 +160,9 @@ def recall(
             for _ in range(rounds):
                 for each in contenders:
                     each.rounds.append(each.do(do="search", k=K, budget_s=search_s))
-            figures |= _speed(contenders, size, exact)
+            figures |= (speed := _speed(contenders, size, exact))
+            print("\n".join(f"{figure}: {value}" for figure, value in speed.items()), file=sys.stderr)
+        print("rebuilding ours", file=sys.stderr)
         rebuilt = contenders[0].do(do="rebuild")
         figures[f"ours_rebuild_s_at_{max(sizes)}"] = round(rebuilt["seconds"], 2)
         figures["ours_rebuild_per_s"] = round(max(sizes) / rebuilt["seconds"])
