@@ -25,7 +25,8 @@ def test_the_oracle_calculates_as_the_solution_does_and_its_answer_is_right(tmp_
     assert expressions == ["48/2", "48+24"]
     assert [m["content"] for m in run if m["role"] == "tool"] == ["24", "72"]
     outcome = verify(task, run[-1]["content"])
-    assert outcome is not None and outcome.score == 1.0
+    assert outcome is not None
+    assert outcome.score == 1.0
 
 
 def test_a_problem_the_calculator_does_not_solve_within_its_calls_is_left_out(tmp_path: Path) -> None:
