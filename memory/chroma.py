@@ -30,6 +30,8 @@ from memory.errors import ConfigError, IndexUnavailableError
 log = logging.getLogger(__name__)
 
 PROBE_SECONDS = 120.0
+PROBE_SECONDS_PER_MB = 1.0
+"""A torn file can make its reader hang as well as crash; a large index on a busy machine only takes its time."""
 PROBE = """
 import sys
 import chromadb
@@ -220,10 +222,12 @@ def move_aside_if_broken(folder: Path) -> Path | None:
         return None
     command = [sys.executable, "-c", PROBE, str(folder)]
     environment = {**os.environ, "ANONYMIZED_TELEMETRY": "False"}
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    patience = PROBE_SECONDS + PROBE_SECONDS_PER_MB * size / 2**20
     try:
-        child = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_SECONDS, env=environment)
+        child = subprocess.run(command, capture_output=True, text=True, timeout=patience, env=environment)
     except subprocess.TimeoutExpired:
-        reason = f"did not open within {PROBE_SECONDS:g} s"
+        reason = f"was not read within {patience:.0f} s"
     else:
         if child.returncode == 0:
             return None
