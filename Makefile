@@ -17,10 +17,10 @@ serve: setup  ## the OpenAI-compatible endpoint on 127.0.0.1:8000
 	@$(BIN)/nightschool serve
 
 test: setup lint types  ## everything CI runs
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 unit: lint  ## the tests that need no engine
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not engine"
+	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "not engine"
 
 fuzz: setup  ## 5,000 generated requests over the OpenAPI document
 	@$(BIN)/python -m tests.serve.fuzz --cases 5000

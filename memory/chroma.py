@@ -10,6 +10,7 @@ Owns opening either safely, and the files of the folder. Owns no vectors and no 
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import secrets
@@ -18,7 +19,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import IO, Any, Protocol
 from urllib.parse import urlsplit
@@ -29,14 +30,26 @@ from memory.errors import ConfigError, IndexUnavailableError
 
 log = logging.getLogger(__name__)
 
+M_PERTURB = -6
+"""glibc's malloc.h."""
+
 PROBE_SECONDS = 120.0
 PROBE_SECONDS_PER_MB = 1.0
 """A torn file can make its reader hang as well as crash; a large index on a busy machine only takes its time."""
 PROBE = """
+import struct
 import sys
+from pathlib import Path
 import chromadb
 import numpy as np
 from chromadb.config import Settings
+for links in Path(sys.argv[1]).rglob("link_lists.bin"):
+    count = struct.unpack_from("<iQQQ", links.with_name("header.bin").read_bytes())[3]
+    data, at, seen = links.read_bytes(), 0, 0
+    while at < len(data):
+        at, seen = at + 4 + struct.unpack_from("<I", data, at)[0], seen + 1
+    if (at, seen) != (len(data), count):
+        raise ValueError("the upper links do not fit the vectors")
 client = chromadb.PersistentClient(sys.argv[1], settings=Settings(anonymized_telemetry=False))
 for collection in client.list_collections():
     count = collection.count()
@@ -49,7 +62,8 @@ for collection in client.list_collections():
         if len(found["ids"][0]) < count // 2:
             raise ValueError("most vectors cannot be reached")
 """
-"""Reads every vector and walks the whole graph: opening alone loads neither, and a torn one crashes its reader."""
+"""Reads every vector and walks the whole graph: opening alone loads neither, and a torn one crashes its reader. Links
+above the lowest level are counted by hand (hnswlib's format): a search without some of them only gets worse."""
 
 
 class ChromaConfig(BaseModel):
@@ -106,6 +120,7 @@ class Embedded:
         import chromadb
         from chromadb.config import Settings
 
+        _overwrite_freed_memory()
         return chromadb.PersistentClient(str(self._folder), settings=Settings(anonymized_telemetry=False))
 
     def probe(self) -> Path | None:
@@ -199,6 +214,14 @@ class Remote:
 
     def wipe(self) -> None:
         """Nothing that a client could do."""
+
+
+def _overwrite_freed_memory() -> None:
+    """Chroma writes a new collection's files as their memory was given to it, with whatever lay there before: texts
+    too, forgotten ones among them. glibc fills what is given and freed when asked to (memory that grows in place keeps
+    what was freed before this call); other systems go without."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(M_PERTURB, 0xA5)
 
 
 def own(folder: Path) -> IO[str]:

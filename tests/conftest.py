@@ -10,6 +10,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -20,14 +21,23 @@ if os.environ.get("CI"):
     settings.load_profile("ci")
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Side by side (`-n 2 --dist loadgroup`) a file stays together, and all that needs the engine is one group, begun
-    first: it waits more than it computes, and two engines at once would starve each other."""
+    """What needs the engine begins first: it is the longest, and waits more than it computes."""
     items.sort(key=lambda item: item.get_closest_marker("engine") is None)
-    for item in items:
-        group = "engine" if item.get_closest_marker("engine") else item.path.as_posix()
-        item.add_marker(pytest.mark.xdist_group(group))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Side by side (`-n 2`) a file stays together, and all that needs the engine is one group: two would starve each
+    other. (xdist 3.8's own groups do nothing under pytest 9.2: it writes node ids that pytest no longer reads.)"""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Files(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "engine" if "needs_engine" in (config.rootpath / file).read_text(encoding="utf-8") else file
+
+    return Files(config, log)
 
 
 @pytest.fixture(scope="session")

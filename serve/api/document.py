@@ -334,6 +334,7 @@ REPLIES: dict[tuple[str, str], type[BaseModel]] = {
     ("get", "/v1/generations"): Plain[GenerationBody],
     ("post", "/v1/generations/{number}/promote"): PromotionBody,
     ("post", "/v1/generations/rollback"): PromotionBody,
+    ("get", "/v1/watch"): Plain[Item],
     ("get", "/v1/generations/{number}/diff/{other}"): GenerationDiff,
     ("get", "/v1/lineage/{record_id}"): Lineage,
     ("get", "/v1/evaluations"): Page[Record],

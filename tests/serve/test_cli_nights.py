@@ -47,12 +47,12 @@ def test_a_night_with_too_little_to_learn_skips_itself_and_its_report_says_so(fo
     done = nightschool(folder, "night")
     assert done.returncode == 0, done.stderr
     assert "skipped" in done.stdout
-    assert "run more tasks" in " ".join(done.stdout.split())
+    assert "run tasks that carry one" in " ".join(done.stdout.split())
     told = nightschool(folder, "report")
     assert told.returncode == 0, told.stderr
     assert "The night skipped itself; generation 0 goes on serving." in told.stdout
     page = Path(told.stdout.split("page: ")[1].strip())
-    assert "run more tasks" in page.read_text()
+    assert "run tasks that carry one" in page.read_text()
     assert json.loads(nightschool(folder, "report", "--json").stdout)["status"] == "skipped"
 
 

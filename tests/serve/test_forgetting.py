@@ -35,6 +35,7 @@ def a_champion_that_learned_from(services: Services, user: str) -> None:
     ledger.record_stage(StageRun(night_id=night.id, stage="snapshot", output=since, seconds=0.0))
     made = samples.generation(1).model_copy(update={"parent": 0, "night_id": night.id, "adapter_path": "one"})
     ledger.add_generation(made)
+    ledger.set_candidate(night.id, 1)
     ledger.promote(1, "better", "night")
     ledger.end_night(night.id, NightStatus.PROMOTED, ["better"])
 
