@@ -33,7 +33,8 @@ class Teller(ScriptedModel):
     asked: threading.Event = field(default_factory=threading.Event)
 
     async def complete(self, request: ChatRequest) -> ChatReply:
-        await self._wait_if_asked_to(request)
+        if "after a word" not in request.messages[-1]["content"]:
+            await self._wait_if_asked_to(request)
         return await super().complete(request)
 
     async def stream(self, request: ChatRequest) -> AsyncIterator[str | ChatReply]:
