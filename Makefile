@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup demo test unit fuzz lint types serve lock clean
+.PHONY: help setup demo test unit fuzz kills lint types serve lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -20,10 +20,13 @@ test: setup lint types  ## everything CI runs
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 unit: lint  ## the tests that need no engine
-	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "not engine"
+	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "not engine and not slow"
 
 fuzz: setup  ## 5,000 generated requests over the OpenAPI document
 	@$(BIN)/python -m tests.serve.fuzz --cases 5000
+
+kills: setup  ## a night killed at every boundary and at 20 random moments
+	@$(BIN)/python -m pytest -m slow tests/serve/test_night_killed.py
 
 lint:
 	@$(BIN)/ruff check .
