@@ -16,8 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from memory.errors import ConfigError, LedgerError, NightschoolError, boundary
-from serve.cli_memory import _follow as follow
-from serve.cli_memory import _ledger as open_ledger
+from serve.cli_memory import follow, ledger_of
 
 if TYPE_CHECKING:
     from memory.reading import KnowledgeConfig
@@ -51,7 +50,7 @@ def add(
     from serve.api.auth import OPERATOR
 
     broken = 0
-    with open_ledger(context) as (settings, ledger):
+    with ledger_of(context) as (settings, ledger):
         for path, reason in _files(paths):
             try:
                 if reason is not None:
@@ -88,7 +87,7 @@ def list_documents(context: typer.Context, tenant: Tenant = "default") -> None:
 
     table = Table("id", "form", "passages", "workload", "title", "source")
     after, more = None, True
-    with open_ledger(context) as (_, ledger):
+    with ledger_of(context) as (_, ledger):
         while more:
             found, more = page(ledger.database, tenant=tenant, after=after, limit=500)
             after = found[-1].id if found else None
@@ -104,7 +103,7 @@ def show(context: typer.Context, document_id: DocumentId, tenant: Tenant = "defa
     from memory.documents import get
     from serve.api.knowledge import document_in_full
 
-    with open_ledger(context) as (_, ledger):
+    with ledger_of(context) as (_, ledger):
         document = get(ledger.database, document_id, tenant=tenant)
         out.print_json(data=document_in_full(document, ledger.database))
 
@@ -118,7 +117,7 @@ def remove(
     """Delete documents; no search finds them any more."""
     from memory import documents
 
-    with open_ledger(context) as (settings, ledger):
+    with ledger_of(context) as (settings, ledger):
         for document_id in document_ids:
             gone = documents.remove(ledger.database, document_id, tenant=tenant)
             out.print(f"removed  {gone.id}  {gone.source}", markup=False, highlight=False, soft_wrap=True)
@@ -138,7 +137,7 @@ def search(
     from memory.library import Documents
     from memory.search import by_scan
 
-    with open_ledger(context) as (settings, ledger):
+    with ledger_of(context) as (settings, ledger):
         nearest = by_scan(ledger, load_embedder(settings.embedder, settings.data_dir / "embedder"))
         library = Documents(ledger.database, nearest, settings.knowledge)
         found = library.search(text, tenant=tenant, workload=workload, limit=limit)

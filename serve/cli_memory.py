@@ -50,7 +50,7 @@ def search(
     from memory.search import by_scan
     from memory.search import search as nearest_items
 
-    with _ledger(context) as (settings, ledger):
+    with ledger_of(context) as (settings, ledger):
         nearest = by_scan(ledger, load_embedder(settings.embedder, settings.data_dir / "embedder"))
         hits = nearest_items(ledger, nearest, text, tenant=tenant, workload=workload, limit=limit)
     table = Table("id", "similarity", "score", "status", "workload", "text")
@@ -74,7 +74,7 @@ def list_items(
     from memory import shelf
     from memory.records import MemoryKind, MemoryStatus
 
-    with _ledger(context) as (_, ledger):
+    with ledger_of(context) as (_, ledger):
         found = shelf.page(
             ledger.database,
             tenant=tenant,
@@ -99,7 +99,7 @@ def why(
     """What memory did for one reply: why each item was recalled, what it cost, and whether it helped, as JSON."""
     from serve.api.memory import recollection_object
 
-    with _ledger(context) as (_, ledger):
+    with ledger_of(context) as (_, ledger):
         out.print_json(data=recollection_object(ledger.database, run_id, tenant))
 
 
@@ -108,7 +108,7 @@ def show(context: typer.Context, item_id: ItemId, tenant: Tenant = "default") ->
     """One item with its figures and its history, as JSON."""
     from serve.api.memory import item_in_full
 
-    with _ledger(context) as (_, ledger):
+    with ledger_of(context) as (_, ledger):
         out.print_json(data=item_in_full(ledger.database, item_id, tenant))
 
 
@@ -133,9 +133,9 @@ def add(
         first = exc.errors()[0]
         raise ConfigError(f"{first['loc'][0]}: {first['msg']}") from exc
     principle = Principle(tenant=tenant, **given.model_dump())
-    with _ledger(context) as (settings, ledger):
+    with ledger_of(context) as (settings, ledger):
         ledger.add_principle(principle)
-    _follow(settings)
+    follow(settings)
     out.print(principle.id, highlight=False)
 
 
@@ -144,9 +144,9 @@ def edit(context: typer.Context, item_id: ItemId, text: str, tenant: Tenant = "d
     """Give a principle other words; its evidence stays."""
     from memory import shelf
 
-    with _ledger(context) as (settings, ledger):
+    with ledger_of(context) as (settings, ledger):
         shelf.reword(ledger.database, item_id, text, _signed(why), tenant=tenant)
-    _follow(settings)
+    follow(settings)
     out.print(f"{item_id} is reworded")
 
 
@@ -185,7 +185,7 @@ def export_items(
     from memory.exchange import export_lines
 
     written = 0
-    with _ledger(context) as (_, ledger), boundary(ConfigError, f"cannot write {file}"), file.open("wb") as target:
+    with ledger_of(context) as (_, ledger), boundary(ConfigError, f"cannot write {file}"), file.open("wb") as target:
         for line in export_lines(ledger.database, tenant=tenant, workload=workload):
             target.write(line.encode() + b"\n")
             written += 1
@@ -202,13 +202,13 @@ def import_items(
     from memory.exchange import import_lines
 
     with (
-        _ledger(context) as (settings, ledger),
+        ledger_of(context) as (settings, ledger),
         boundary(ConfigError, f"cannot import {file}"),
         # Lines end as they were written: universal newlines would break texts that hold other ends.
         file.open(encoding="utf-8", newline="\n") as lines,
     ):
         done = import_lines(ledger.database, lines, tenant=tenant)
-    _follow(settings)
+    follow(settings)
     out.print(f"{done.added} added, {done.known} known already")
 
 
@@ -217,7 +217,7 @@ def stats(context: typer.Context, tenant: Tenant = "default", workload: Workload
     """What there is, what each item is worth, and what prompts cost from generation to generation."""
     from memory import stats as figures
 
-    with _ledger(context) as (_, ledger):
+    with ledger_of(context) as (_, ledger):
         counts = figures.counts(ledger.database, tenant=tenant, workload=workload)
         worths = figures.worths(ledger.database, tenant=tenant, workload=workload)
         costs = figures.prompt_costs(ledger.database, tenant=tenant, workload=workload)
@@ -243,7 +243,7 @@ def reindex(context: typer.Context) -> None:
     """Make the index of all tenants anew from the ledger; a running service answers meanwhile."""
     from memory.index import rebuild
 
-    with _ledger(context) as (settings, ledger), _service(settings) as client:
+    with ledger_of(context) as (settings, ledger), _service(settings) as client:
         if client is not None:
             done = client.post("/v1/memory/reindex", {})["items"]
         else:
@@ -268,7 +268,7 @@ def forget(
     whose = f"all data of tenant {tenant!r}" if user is None else f"all data of user {user!r} of tenant {tenant!r}"
     if not yes:
         typer.confirm(f"Delete {whose} for good?", abort=True)
-    with _ledger(context) as (settings, ledger), _service(settings) as client:
+    with ledger_of(context) as (settings, ledger), _service(settings) as client:
         if client is not None:
             done = client.post("/v1/memory/forget", {"tenant": tenant} | ({"user": user} if user else {}))
         else:
@@ -282,7 +282,7 @@ def forget(
 def _pin(context: typer.Context, item_id: str, tenant: str, why: str, pinned: bool) -> None:
     from memory import shelf
 
-    with _ledger(context) as (_, ledger):
+    with ledger_of(context) as (_, ledger):
         shelf.set_pinned(ledger.database, item_id, pinned, _signed(why), tenant=tenant)
     out.print(f"{item_id} is {'pinned' if pinned else 'not pinned'}")
 
@@ -291,9 +291,9 @@ def _move(context: typer.Context, item_id: str, tenant: str, why: str, status: s
     from memory import shelf
     from memory.records import MemoryStatus
 
-    with _ledger(context) as (settings, ledger):
+    with ledger_of(context) as (settings, ledger):
         shelf.set_status(ledger.database, item_id, MemoryStatus(status), _signed(why), tenant=tenant)
-    _follow(settings)
+    follow(settings)
     out.print(f"{item_id} is {status}")
 
 
@@ -313,7 +313,7 @@ def _runs(count: Count) -> str:
     return f"{count.successes} of {count.n}" if count.n else "-"
 
 
-def _follow(settings: Settings) -> None:
+def follow(settings: Settings) -> None:
     """Let a running service's index follow what was just changed; without one, the next start does."""
     with _service(settings) as client:
         if client is not None:
@@ -323,7 +323,7 @@ def _follow(settings: Settings) -> None:
 
 
 @contextmanager
-def _ledger(context: typer.Context) -> Iterator[tuple[Settings, Ledger]]:
+def ledger_of(context: typer.Context) -> Iterator[tuple[Settings, Ledger]]:
     from serve.settings import load_settings
     from serve.wiring import open_ledger
 

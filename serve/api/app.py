@@ -31,6 +31,24 @@ from serve.api.runs import Turnstile
 from serve.night import NightSchool
 from serve.wiring import Services
 
+ROOMS = (
+    chat,
+    models,
+    responses,
+    embeddings,
+    files,
+    batches,
+    feedback,
+    fine_tuning,
+    generations,
+    night_reports,
+    dashboard,
+    keys,
+    memory,
+    knowledge,
+)
+"""Whose routes the users' port has."""
+
 
 def create_app(services: Services, nights: NightSchool, operator_token: str | None = None) -> FastAPI:
     """The app over running parts. Whoever sends `operator_token` as a key may do everything."""
@@ -44,22 +62,7 @@ def create_app(services: Services, nights: NightSchool, operator_token: str | No
     app.state.keyring = Keyring(database, operator_token, keys_on=config.keys)
     errors.install(app)
     middleware.install(app, app.state.gate, app.state.keyring, database, config)
-    for room in (
-        chat,
-        models,
-        responses,
-        embeddings,
-        files,
-        batches,
-        feedback,
-        fine_tuning,
-        generations,
-        night_reports,
-        dashboard,
-        keys,
-        memory,
-        knowledge,
-    ):
+    for room in ROOMS:
         app.include_router(room.router)
         app.state.routes += room.router.routes
     app.get("/healthz")(healthz)

@@ -26,6 +26,25 @@ def fake_trainer_python(folder: Path) -> Path:
     return script
 
 
+def made_result(job: TrainJob, rows: int) -> TrainResult:
+    """What a trainer would say of `rows` rows."""
+    return TrainResult(
+        adapter_dir=job.out_dir,
+        profile=job.config.profile,
+        sft_rows=rows,
+        dpo_pairs=0,
+        too_long=0,
+        losses={"sft": [2.0, 0.1]},
+        tokens=100,
+        trained_tokens=10,
+        mask_share=0.1,
+        seconds=1.0,
+        tokens_per_s=100.0,
+        reference_loss=None,
+        config=job.config,
+    )
+
+
 def main(job_file: str, _flag: str, parent: str) -> None:
     end_with(int(parent), 0.02)
     job = TrainJob.model_validate_json(Path(job_file).read_text(encoding="utf-8"))
@@ -40,21 +59,7 @@ def main(job_file: str, _flag: str, parent: str) -> None:
             weights.flush()
             events.write(json.dumps({"event": "step", "step": step, "steps": PIECES, "loss": 1 / step}) + "\n")
             events.flush()
-    result = TrainResult(
-        adapter_dir=job.out_dir,
-        profile=job.config.profile,
-        sft_rows=data.count(b"\n"),
-        dpo_pairs=0,
-        too_long=0,
-        losses={"sft": [2.0, 0.1]},
-        tokens=100,
-        trained_tokens=10,
-        mask_share=0.1,
-        seconds=1.0,
-        tokens_per_s=100.0,
-        reference_loss=None,
-        config=job.config,
-    )
+    result = made_result(job, data.count(b"\n"))
     (ready / RESULT).write_text(result.model_dump_json())
     ready.rename(job.out_dir)
 

@@ -25,6 +25,7 @@ from serve import promotion
 from serve.escalation import make_teacher
 from serve.settings import ServerConfig, Settings
 from serve.wiring import Services, announce, open_ledger
+from tests.serve.fake_trainer import made_result
 
 
 @dataclass
@@ -97,21 +98,7 @@ def fake_training(job: TrainJob, *_: Any, **__: Any) -> TrainResult:
     job.out_dir.mkdir(parents=True, exist_ok=True)
     (job.out_dir / "adapter_config.json").write_text(json.dumps({"r": 16}))
     (job.out_dir / "adapter_model.safetensors").write_bytes(b"weights of " + job.out_dir.name.encode())
-    result = TrainResult(
-        adapter_dir=job.out_dir,
-        profile=job.config.profile,
-        sft_rows=1,
-        dpo_pairs=0,
-        too_long=0,
-        losses={"sft": [2.0, 0.1]},
-        tokens=100,
-        trained_tokens=10,
-        mask_share=0.1,
-        seconds=1.0,
-        tokens_per_s=100.0,
-        reference_loss=None,
-        config=job.config,
-    )
+    result = made_result(job, rows=1)
     (job.out_dir / RESULT).write_text(result.model_dump_json())
     return result
 

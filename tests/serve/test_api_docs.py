@@ -11,44 +11,13 @@ from fastapi import APIRouter
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
 
-from serve.api import (
-    batches,
-    chat,
-    dashboard,
-    embeddings,
-    errors,
-    feedback,
-    files,
-    fine_tuning,
-    generations,
-    keys,
-    knowledge,
-    memory,
-    models,
-    night_reports,
-)
-from serve.api import responses as responses_room
+from serve.api import batches, embeddings, errors, feedback, fine_tuning, generations, keys, knowledge, memory
+from serve.api.app import ROOMS
 from serve.api.openai_types import ChatCompletionRequest, Extension
 from serve.api.response_types import ResponseRequest
 from serve.batch_lines import ENDPOINTS
 
 DOCS = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
-ROOMS = (
-    chat,
-    responses_room,
-    models,
-    embeddings,
-    files,
-    batches,
-    feedback,
-    fine_tuning,
-    generations,
-    night_reports,
-    dashboard,
-    keys,
-    memory,
-    knowledge,
-)
 PROSE = re.sub(r"```.*?```", "", DOCS, flags=re.DOTALL)
 NAMED = set(re.findall(r"[a-z_0-9]+", " ".join(re.findall(r"`[^`]+`", PROSE))))
 """Every word that stands in code marks, outside of examples."""
