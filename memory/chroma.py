@@ -16,6 +16,7 @@ import os
 import secrets
 import shutil
 import sqlite3
+import struct
 import subprocess
 import sys
 import time
@@ -100,7 +101,8 @@ class Place(Protocol):
         ...
 
     def wipe(self) -> None:
-        """No trace of what was deleted is left, as far as this process can see to it."""
+        """No trace of what was deleted is left, as far as this process can see to it. While nobody writes, and nothing
+        written waits for a reader."""
         ...
 
 
@@ -146,7 +148,10 @@ class Embedded:
                 shutil.rmtree(path, ignore_errors=True)
 
     def wipe(self) -> None:
-        """Write Chroma's database anew: its free pages keep the ids and vectors of what was deleted or forgotten."""
+        """Write Chroma's database anew: its free pages keep the ids and vectors of what was deleted or forgotten. And
+        blank the room for vectors to come."""
+        for header in self._folder.glob("*/header.bin"):
+            _blank_unused(header)
         try:
             database = self._folder / "chroma.sqlite3"
             with closing(sqlite3.connect(database, timeout=15, isolation_level=None)) as connection:
@@ -218,10 +223,25 @@ class Remote:
 
 def _overwrite_freed_memory() -> None:
     """Chroma writes a new collection's files as their memory was given to it, with whatever lay there before: texts
-    too, forgotten ones among them. glibc fills what is given and freed when asked to (memory that grows in place keeps
-    what was freed before this call); other systems go without."""
+    too, forgotten ones among them. glibc fills what is given and freed when asked to; other systems have that done when
+    the next build is `wipe`d."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).mallopt(M_PERTURB, 0xA5)
+
+
+def _blank_unused(header: Path) -> None:
+    """A new collection's files are its memory as malloc gave it, room for 100 vectors: whatever was there before stays
+    on the disk until that many came. hnswlib's format: version, offset, room, vectors, bytes a vector."""
+    try:
+        count, size = struct.unpack_from("<iQQQQ", header.read_bytes())[3:]
+        for name, width in (("data_level0.bin", size), ("length.bin", 4)):
+            path = header.with_name(name)
+            if (beyond := path.stat().st_size - count * width) > 0:
+                with path.open("r+b") as file:
+                    file.seek(count * width)
+                    file.write(bytes(beyond))
+    except (OSError, struct.error) as exc:
+        log.warning("%s keeps what the memory of its process held: %s", header.parent, exc)
 
 
 def own(folder: Path) -> IO[str]:

@@ -215,6 +215,7 @@ class Index:
         """From now on this build answers, also after a restart; the others are dropped."""
         with self.writing:
             with self._boundary():
+                self._load(build)
                 draft = self._folder / f"{READY}.part"
                 draft.write_text(json.dumps({**_maker(build.embedder), "build": build.name}))
                 draft.replace(self._folder / READY)
@@ -245,6 +246,14 @@ class Index:
                 self._client.close()
             finally:
                 self._lock.close()
+
+    def _load(self, build: Build) -> None:
+        """Ask every collection once: only then has Chroma made its files and taken in all that was written, and the
+        first recall finds it loaded."""
+        asked = [[1.0] + [0.0] * (build.embedder.dimensions - 1)]
+        for collection in self._client.list_collections():
+            if collection.name.startswith(f"{build.name}-"):
+                collection.query(query_embeddings=asked, n_results=1, include=[])
 
     def _drop_others(self, kept: Build | None) -> None:
         with self._boundary():

@@ -128,7 +128,7 @@ def _estimated(run: NightRun, drawn: Output, snap: Snapshot) -> Estimate:
     recipes = run.night.options.get("recipes") or recipes_with_teacher(settings.night.recipes, settings.teacher)
     dataset = build(replace(snap, feedback=heard), recipes, services.memory, compose, config)
     count, needed = sum(dataset.counts.values()), settings.night.min_examples
-    again = replayed(run, snap, len(dataset.examples))
+    again = replayed(run, snap, dataset.examples)
     cost = _cost(ledger, [*dataset.examples, *again], settings.night.rehearsal)
     too_few = f"only {count} examples to learn from, {needed} needed"
     return Estimate(

@@ -68,8 +68,12 @@ class Morning:
 
 def curve(settings: Settings) -> BenchResult:
     """Five nights of three corrections a workload and day at most, on six workloads, with controls."""
-    days = {day: reasoning_gym_tasks(TRAINED_FAMILIES, PER_DAY, 1000 + day, source="curve") for day in range(1, 6)}
-    taught = frozenset(task.fingerprint for tasks in days.values() for task in tasks)
+    days: dict[int, list[Task]] = {}
+    taught = frozenset[str]()
+    for day in range(1, NIGHTS + 1):
+        # reasoning-gym adds a question's number to the seed: seeds that are near share questions.
+        days[day] = reasoning_gym_tasks(TRAINED_FAMILIES, PER_DAY, 1000 * day, source="curve", exclude=taught)
+        taught |= {task.fingerprint for task in days[day]}
     held_out = reasoning_gym_suite(TRAINED_FAMILIES, HELD_OUT, HELD_OUT_SEED, "held_out", "held_out", exclude=taught)
     course = Course("curve", days.__getitem__, correct_value)
     return lived(settings, course, [held_out, *controls(taught)], NIGHTS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -34,7 +34,7 @@ def make_dataset(run: NightRun) -> Output:
         else:
             recipes = run.night.options.get("recipes") or recipes_with_teacher(settings.night.recipes, settings.teacher)
             dataset = build(snap, recipes, services.memory, compose, config)
-        again = replayed(run, snap, len(dataset.examples))
+        again = replayed(run, snap, dataset.examples)
         general = run.wait(rehearse(_base_answer(services), settings.night.rehearsal))
         general = [e for e in general if snap.held_out_reason(Task(messages=e.messages[:1])) is None]
         dataset = replace(
@@ -84,19 +84,21 @@ def _base_answer(services: Services) -> Answer:
     return answer
 
 
-def replayed(run: NightRun, snap: Snapshot, new: int) -> list[Example]:
-    """Earlier nights' examples to train on beside `new` ones; none when the night starts from the base model."""
+def replayed(run: NightRun, snap: Snapshot, new: Sequence[Example]) -> list[Example]:
+    """Earlier nights' examples to train on beside `new` ones; none when the night starts from the base model. What
+    came again today, word for word, is new and not replayed."""
     ledger, settings = run.services.ledger, run.services.settings
     if starts_from(run) == "base":
         return []
     past = [n for n in ledger.nights() if n.status is NightStatus.PROMOTED and n.id != run.night.id]
     earlier = [example for night in past for example in ledger.examples(night.id) if example.recipe != RECIPE]
     tasks = ledger.tasks({example.task_id for example in earlier})
-    allowed = [e for e in earlier if snap.held_out_reason(tasks[e.task_id]) is None]
+    today = {example.id for example in new}
+    allowed = [e for e in earlier if e.id not in today and snap.held_out_reason(tasks[e.task_id]) is None]
     share, shares = settings.night.replay_share, None
     if settings.night.replay_schedule == "retention":
         champion = run.done("snapshot")["champion"]
         served = [p.to_generation for p in ledger.promotions() if p.to_generation != champion]
         shares = replay_shares(share, *retention(ledger.evaluations(), [*served, champion]))
         run.emit("dataset", "replay shares by retention", shares=shares)
-    return replay(allowed, new=new, share=share, seed=settings.dataset.seed, shares=shares)
+    return replay(allowed, new=len(new), share=share, seed=settings.dataset.seed, shares=shares)

@@ -274,6 +274,28 @@ def test_a_folder_that_is_gone_or_unnamed_is_made_again(
     ledger.close()
 
 
+def test_room_for_vectors_to_come_holds_nothing_of_the_process_memory(
+    sqlite_ledger: Ledger, folder: Path, index: Index
+):
+    # Chroma's room for 100 vectors is memory as it was given: glibc's filling, or what was freed before.
+    kept = samples.remember(sqlite_ledger, "How many legs do 4 cows have?")
+    sync(sqlite_ledger, index)
+    assert rebuild(sqlite_ledger, index) == 1
+    rooms = [*folder.rglob("data_level0.bin"), *folder.rglob("length.bin")]
+    assert len(rooms) == 2, "Chroma makes its files later than it did"
+    assert {byte for room in rooms for byte in room.read_bytes()} == {0}
+    for i in range(1200):
+        samples.remember(sqlite_ledger, f"How many wheels do {i} cars have?")
+    drain(sqlite_ledger, index)
+    assert index.query(RUN, "default", "How many legs do 4 cows have?", 1)[0][0] == kept.id
+    assert {room.stat().st_size for room in rooms} != {0}
+    index.close()
+    again = Index.open(folder, index.embedder)
+    assert (again.moved_aside, sync(sqlite_ledger, again)) == (None, 1201)
+    assert again.query(RUN, "default", "How many legs do 4 cows have?", 1)[0][0] == kept.id
+    again.close()
+
+
 def test_a_former_build_leaves_no_vectors_on_the_disk(filled: Path, tmp_path: Path, embedder: Embedder):
     home = tmp_path / "home"
     shutil.copytree(filled, home)

@@ -67,12 +67,17 @@ def measured(generation: int, sums: float, night_id: str) -> Evaluation:
     return Evaluation(generation=generation, outcomes=outcomes, seconds=1.0, night_id=night_id, **fields)
 
 
-def tonight(ledger: Ledger, folder: Path, **night: Any) -> Counter[str]:
-    settings = settings_in(folder, night=NightConfig(replay_share=0.5, **night))
+def drawn_tonight(ledger: Ledger, folder: Path, new: list[Example], **night: Any) -> list[Example]:
+    settings = settings_in(folder, night=NightConfig(**{"replay_share": 0.5, **night}))
     services: Any = SimpleNamespace(ledger=ledger, settings=settings)
     drawn = {"champion": 2, "train_from": night.get("train_from", "champion")}
     run = NightRun(services, Night(id="night_3"), lambda *_, **__: None, lambda _stage: drawn)
-    return Counter(example.workload for example in replayed(run, Snapshot([], [], {}), 16))
+    return replayed(run, Snapshot([], [], {}), new)
+
+
+def tonight(ledger: Ledger, folder: Path, **night: Any) -> Counter[str]:
+    new = [Example(recipe="successes", kind=ExampleKind.SFT, task_id=f"new_{n}", messages=[]) for n in range(16)]
+    return Counter(example.workload for example in drawn_tonight(ledger, folder, new, **night))
 
 
 def test_by_default_every_workload_has_its_fixed_share(ledger: Ledger, tmp_path: Path) -> None:
@@ -85,3 +90,13 @@ def test_by_retention_a_workload_that_the_champion_lost_is_replayed_more(ledger:
 
 def test_from_the_base_model_nothing_is_replayed(ledger: Ledger, tmp_path: Path) -> None:
     assert not tonight(ledger, tmp_path, train_from="base", replay_schedule="retention")
+
+
+def test_a_question_that_came_again_word_for_word_is_not_replayed_beside_itself(ledger: Ledger, tmp_path: Path) -> None:
+    # An example's id is its content: twice in one night, it would be one id with two origins.
+    new = ledger.examples("night_1")[:20]
+    replayed_too = drawn_tonight(ledger, tmp_path, new, replay_share=4.0)
+    assert len(replayed_too) == 60
+    assert not {e.id for e in replayed_too} & {e.id for e in new}
+    ledger.add_night(Night(id="night_3"))
+    ledger.add_examples("night_3", [*new, *replayed_too])
