@@ -9,7 +9,7 @@ from pathlib import Path
 
 from evals.bench import Bench, registry
 from evals.power import gate_bench
-from serve.benches import ablation, agent, curve, engine, front, memory, swap
+from serve.benches import ablation, agent, curve, engine, escalation, front, memory, swap
 from serve.settings import Settings
 
 
@@ -73,13 +73,18 @@ def benches(settings: Settings, data: Path | None = None) -> dict[str, Bench]:
         ),
         Bench(
             "ablation",
-            "one night in nine variants on the same day and exam, beside stock TRL (an hour and more)",
+            "one night in ten variants on the same day and exam, beside stock TRL (an hour and more)",
             lambda: lambda: ablation.ablation(settings),
         ),
         Bench(
             "samples",
             "held-out success by the number of corrections, after one night each (half an hour)",
             lambda: lambda: ablation.samples(settings),
+        ),
+        Bench(
+            "escalation",
+            "how often each generation needs the teacher, where nobody but the teacher corrects (half an hour)",
+            lambda: lambda: escalation.escalation(settings),
         ),
         Bench(
             "gsm8k",

@@ -60,6 +60,7 @@ ARMS = (
     Arm("without corrections", {"NIGHT__RECIPES": '["successes"]'}),
     Arm("with contrast (DPO after SFT)", {"TRAIN__DPO_EPOCHS": "2"}),
     Arm("without rehearsal", {"NIGHT__REHEARSAL": "0"}),
+    Arm("with practice (24 tasks tried again)", {"NIGHT__PRACTICE": "24"}),
     Arm("trained without the recalled block", {"DATASET__RECALLED": "false"}, bare_too=True),
     Arm("share without memory: none", {"DATASET__REPEAT_WITHOUT": "0"}, bare_too=True),
     Arm("share without memory: a third", {"DATASET__REPEAT_WITHOUT": "0.5"}, bare_too=True),

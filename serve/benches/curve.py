@@ -68,12 +68,8 @@ class Morning:
 
 def curve(settings: Settings) -> BenchResult:
     """Five nights of three corrections a workload and day at most, on six workloads, with controls."""
-    days: dict[int, list[Task]] = {}
-    taught = frozenset[str]()
-    for day in range(1, NIGHTS + 1):
-        # reasoning-gym adds a question's number to the seed: seeds that are near share questions.
-        days[day] = reasoning_gym_tasks(TRAINED_FAMILIES, PER_DAY, 1000 * day, source="curve", exclude=taught)
-        taught |= {task.fingerprint for task in days[day]}
+    days = days_of(NIGHTS, PER_DAY, "curve")
+    taught = frozenset(task.fingerprint for tasks in days.values() for task in tasks)
     held_out = reasoning_gym_suite(TRAINED_FAMILIES, HELD_OUT, HELD_OUT_SEED, "held_out", "held_out", exclude=taught)
     course = Course("curve", days.__getitem__, correct_value)
     return lived(settings, course, [held_out, *controls(taught)], NIGHTS)
@@ -101,6 +97,17 @@ def gsm8k(settings: Settings, data: Path | None) -> BenchResult:
     return lived(settings, course, [held_out, *controls(frozenset(t.fingerprint for t, _ in learned))], 2)
 
 
+def days_of(count: int, per_day: int, source: str) -> dict[int, list[Task]]:
+    """Day, from 1 -> its tasks, `per_day` of each workload; no question comes twice."""
+    days: dict[int, list[Task]] = {}
+    seen = frozenset[str]()
+    for day in range(1, count + 1):
+        # reasoning-gym adds a question's number to the seed: seeds that are near share questions.
+        days[day] = reasoning_gym_tasks(TRAINED_FAMILIES, per_day, 1000 * day, source=source, exclude=seen)
+        seen |= {task.fingerprint for task in days[day]}
+    return days
+
+
 def controls(taught: frozenset[str]) -> list[Suite]:
     """What the model could do before, as the demo guards it."""
     return [untrained_suite(exclude=taught), tool_validity_suite(exclude=taught), chat_suite()]
@@ -109,14 +116,20 @@ def controls(taught: frozenset[str]) -> list[Suite]:
 def lived(settings: Settings, course: Course, suites: Sequence[Suite], nights: int) -> BenchResult:
     """Live the course in its own data folder, and measure what serves after each night."""
     console = Console()
-    mine = settings.model_copy(update={"data_dir": settings.data_dir / "bench" / course.name})
-    for suite in suites:
-        if not (path := mine.suites_dir / f"{suite.name}.jsonl").exists():
-            save_suite(suite, path)
+    mine = home_of(settings, course.name, suites)
     # Few runs: all of them show what memory does, none measures what an item is worth.
     shown = {"NIGHTSCHOOL_RECALL__WITHHOLD_SHARE": "0"}
     reach: Connect = partial(connect, mine, partial(console.print, style="dim", highlight=False), shown)
     return live(reach, course, nights, mine, console)
+
+
+def home_of(settings: Settings, name: str, suites: Sequence[Suite]) -> Settings:
+    """The settings of a course in its own data folder, which holds these suites from the first call on."""
+    mine = settings.model_copy(update={"data_dir": settings.data_dir / "bench" / name})
+    for suite in suites:
+        if not (path := mine.suites_dir / f"{suite.name}.jsonl").exists():
+            save_suite(suite, path)
+    return mine
 
 
 def live(reach: Connect, course: Course, nights: int, settings: Settings, console: Console) -> BenchResult:
