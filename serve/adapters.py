@@ -22,7 +22,8 @@ from agent.llm import Endpoint
 from distill.train.proof import PROBES, Proof, read_proof
 from memory.errors import EngineError
 from memory.night_records import Generation
-from serve.engine import BASE_NAME, EngineUnreachableError, request
+from serve.engine import EngineUnreachableError, request
+from serve.engine_settings import BASE_NAME
 from serve.models import file_sha256
 
 log = logging.getLogger(__name__)

@@ -24,7 +24,7 @@ from memory.errors import ConfigError
 from memory.life import LifeConfig
 from memory.reading import KnowledgeConfig
 from memory.recall import RecallConfig
-from serve.engine import EngineConfig
+from serve.engine_settings import EngineConfig
 from serve.escalation import TeacherConfig
 from serve.schedule import check
 

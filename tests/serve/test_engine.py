@@ -19,17 +19,8 @@ import psutil
 import pytest
 
 from memory.errors import ConfigError, EngineError
-from serve.engine import (
-    Engine,
-    EngineConfig,
-    end_leftover,
-    engine_arguments,
-    engine_environment,
-    fitting_dtype,
-    free_port,
-    request,
-    vllm_version,
-)
+from serve.engine import Engine, end_leftover, free_port, request
+from serve.engine_settings import EngineConfig, engine_arguments, engine_environment, fitting_dtype, vllm_version
 from tests.serve.fake_engine import ROOT, fake_python
 
 

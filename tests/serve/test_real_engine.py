@@ -20,7 +20,8 @@ from distill.train.proof import read_proof, write_proof
 from memory.errors import EngineError
 from memory.night_records import Generation, GenerationStatus
 from serve.adapters import Residency, adapter_sha256, loaded, probe
-from serve.engine import Engine, EngineConfig, request
+from serve.engine import Engine, request
+from serve.engine_settings import EngineConfig
 from tests.serve.conftest import PYTHON, needs_engine
 
 pytestmark = needs_engine

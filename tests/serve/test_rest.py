@@ -14,7 +14,8 @@ import pytest
 from memory.errors import ConfigError, EngineError
 from memory.night_records import Generation, GenerationStatus
 from serve.adapters import Residency, adapter_sha256, loaded
-from serve.engine import EngineConfig, engine_arguments, engine_environment, request
+from serve.engine import request
+from serve.engine_settings import EngineConfig, engine_arguments, engine_environment
 from serve.rest import rest, wake
 from tests.serve.test_engine import running
 
