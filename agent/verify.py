@@ -40,9 +40,14 @@ def verify(task: Task, answer: str | None) -> Outcome | None:
 
 
 def check_verifier(task: Task) -> None:
-    """VerifierError, before anything runs, when the task names a verifier there is not."""
-    if task.verifier is not None:
-        _find(task.verifier.name)
+    """VerifierError, before anything runs, when the task names a verifier there is not, or gives one that compares
+    texts too little to judge by (no reference, a pattern that is none)."""
+    if task.verifier is None:
+        return
+    judge = _find(task.verifier.name)
+    if task.verifier.name in _COMPARING:
+        with boundary(VerifierError, f"verifier {task.verifier.name!r}"):
+            judge(task, "0", task.verifier.args)
 
 
 def judge_trajectory(task: Task, trajectory: Trajectory) -> Outcome | None:
@@ -116,6 +121,10 @@ VERIFIERS: dict[str, Verifier] = {
     "reasoning_gym": _reasoning_gym,
     "action": lambda _task, _answer, _args: 1.0,
 }
+
+
+_COMPARING = frozenset({"exact", "numeric", "regex", "contains"})
+"""Cheap and without effects: can be tried on any answer."""
 
 
 def _find(name: str) -> Verifier:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from distill.runs import MISTAKE, task_messages
 from memory.recall import Recall, Recaller
-from memory.records import RECALLED, Example, Message, Task
+from memory.records import DEFAULT_TENANT, RECALLED, Example, Message, Task, content_hash
 
 Compose = Callable[[Task, list[str], Recall | None], list[Message]]
 """`agent.prompts.compose`: everything that stands before the run's first assistant turn."""
@@ -51,4 +51,7 @@ class Layout:
             for m in example.messages[len(task_messages(task)) :]
         ]
         laid_out = example.model_copy(update={"messages": prefix + run, "with_memory": recall is not None})
-        return laid_out.model_copy(update={"id": f"ex_{laid_out.content_hash[:32]}"})
+        # Two tenants that were asked the same keep an example each: forgetting one must not hide the other's.
+        mine = laid_out.content_hash
+        mine = mine if example.tenant == DEFAULT_TENANT else content_hash([example.tenant, mine])
+        return laid_out.model_copy(update={"id": f"ex_{mine[:32]}"})

@@ -91,8 +91,7 @@ async def promote(
     champion = ledger.champion()
     if champion.number == number:
         raise ConflictError(f"generation {number} is the champion already")
-    if expected_from not in (None, champion.number):
-        raise ConflictError(f"the champion is generation {champion.number}, not {expected_from}: it changed meanwhile")
+    _check_unchanged(champion, expected_from)
     if generation.status is GenerationStatus.REJECTED:
         raise ConflictError(f"generation {number} was rejected by the gate and cannot be promoted")
     await residency.ensure(generation)
@@ -102,7 +101,14 @@ async def promote(
 
 
 async def begin_canary(
-    ledger: Ledger, residency: Residency, number: int, share: float, *, why: str, by: str
+    ledger: Ledger,
+    residency: Residency,
+    number: int,
+    share: float,
+    *,
+    why: str,
+    by: str,
+    expected_from: int | None = None,
 ) -> Generation:
     """Give generation `number` a share of the users, the same ones every time: loaded and proved first.
 
@@ -112,6 +118,7 @@ async def begin_canary(
     if not 0 < share < 1:
         raise ConfigError(f"a canary's share lies between 0 and 1, got {share:g}")
     generation, champion = ledger.generation(number), ledger.champion()
+    _check_unchanged(champion, expected_from)
     if generation.number == champion.number:
         raise ConflictError(f"generation {number} is the champion already")
     if generation.status is GenerationStatus.REJECTED:
@@ -120,6 +127,11 @@ async def begin_canary(
     begun = ledger.begin_canary(number, share, why=why, by=by)
     residency.settle(champion, begun)
     return begun
+
+
+def _check_unchanged(champion: Generation, expected: int | None) -> None:
+    if expected not in (None, champion.number):
+        raise ConflictError(f"the champion is generation {champion.number}, not {expected}: it changed meanwhile")
 
 
 async def rollback(ledger: Ledger, residency: Residency, *, why: str, by: str) -> Promotion:

@@ -12,11 +12,13 @@ from distill.dataset import Dataset, DatasetConfig, build, build_uploaded, read_
 from distill.rehearsal import RECIPE, Answer, rehearse
 from distill.replay import replay, replay_shares, retention
 from distill.snapshot import Snapshot
+from distill.uploads import RECIPE as UPLOADED
 from distill.uploads import read_upload
 from memory import files
 from memory.errors import LedgerError, boundary
 from memory.night_records import NightStatus
 from memory.records import Example, Message, Task
+from serve import promotion
 from serve.escalation import recipes_with_teacher
 from serve.stages.material import load_snapshot
 from serve.stages.night_run import NightRun, Output, starts_from
@@ -85,16 +87,22 @@ def _base_answer(services: Services) -> Answer:
 
 
 def replayed(run: NightRun, snap: Snapshot, new: Sequence[Example]) -> list[Example]:
-    """Earlier nights' examples to train on beside `new` ones; none when the night starts from the base model. What
-    came again today, word for word, is new and not replayed."""
+    """Earlier nights' examples to train on beside `new` ones, of nights that the champion comes from. A question that
+    has examples today is not replayed: today's word on it is the later one. When the night starts from the base model,
+    all runs are new again, and only what uploaded files taught is replayed, all of it."""
     ledger, settings = run.services.ledger, run.services.settings
-    if starts_from(run) == "base":
-        return []
-    past = [n for n in ledger.nights() if n.status is NightStatus.PROMOTED and n.id != run.night.id]
+    line = promotion.ancestry(ledger)
+    past = [n for n in ledger.nights() if n.status is NightStatus.PROMOTED and n.candidate in line]
     earlier = [example for night in past for example in ledger.examples(night.id) if example.recipe != RECIPE]
-    tasks = ledger.tasks({example.task_id for example in earlier})
-    today = {example.id for example in new}
-    allowed = [e for e in earlier if e.id not in today and snap.held_out_reason(tasks[e.task_id]) is None]
+    tasks = ledger.tasks({example.task_id for example in [*earlier, *new]})
+    today = {(e.tenant, tasks[e.task_id].fingerprint) for e in new if e.task_id in tasks}
+    allowed = [
+        e
+        for e in earlier
+        if (e.tenant, tasks[e.task_id].fingerprint) not in today and snap.held_out_reason(tasks[e.task_id]) is None
+    ]
+    if starts_from(run) == "base":
+        return list({e.id: e for e in allowed if e.recipe == UPLOADED}.values())
     share, shares = settings.night.replay_share, None
     if settings.night.replay_schedule == "retention":
         champion = run.done("snapshot")["champion"]

@@ -17,6 +17,9 @@ from serve.stages.material import suites_of
 from serve.stages.night_run import NightRun, Output
 from serve.wiring import Services, keep_task
 
+REMEASURED = 3
+"""Times that a suite is run again with both, where memory was edited between the one and the other."""
+
 
 def measure(run: NightRun) -> Output:
     """Champion and candidate on the same frozen suites, with the same memory, by the agent that serves."""
@@ -24,6 +27,13 @@ def measure(run: NightRun) -> Output:
     for number in numbers:
         for suite in judging_suites(run):
             if not _evaluations(run, number, suite):
+                run.wait(_measure(run, number, suite))
+    for suite in judging_suites(run):
+        for _ in range(REMEASURED):
+            if _pair(run, suite) is not None:
+                break
+            run.emit("evaluate", f"memory was edited meanwhile: {suite.name} once more")
+            for number in numbers:
                 run.wait(_measure(run, number, suite))
     return {"generations": list(numbers), "suites": {s.name: s.hash for s in judging_suites(run)}}
 
@@ -51,6 +61,14 @@ def _suspicious(run: NightRun) -> list[str]:
 
 def _evaluations(run: NightRun, number: int, suite: Suite) -> list[Evaluation]:
     return run.services.ledger.evaluations(night_id=run.night.id, generation=number, suite_hash=suite.hash)
+
+
+def _pair(run: NightRun, suite: Suite) -> tuple[Evaluation, Evaluation] | None:
+    """The newest evaluations of champion and candidate with the same memory; None when there are none yet."""
+    champion, candidate = (run.done("snapshot")["champion"], run.done("train")["generation"])
+    known = {e.memory_watermark: e for e in _evaluations(run, champion, suite)}
+    found = [(known[e.memory_watermark], e) for e in _evaluations(run, candidate, suite) if e.memory_watermark in known]
+    return found[-1] if found else None
 
 
 async def _measure(run: NightRun, number: int, suite: Suite) -> None:
@@ -86,7 +104,8 @@ def judge(run: NightRun) -> Output:
     """The gate: a pure function of the evaluations, those of generation 0 in earlier nights among them."""
     champion, candidate = run.done("evaluate")["generations"]
     suites = judging_suites(run)
-    pairs = [(_evaluations(run, champion, s)[0], _evaluations(run, candidate, s)[0]) for s in suites]
+    # Without a pair the gate says what differs, and that ends the night.
+    pairs = [_pair(run, s) or (_evaluations(run, champion, s)[-1], _evaluations(run, candidate, s)[-1]) for s in suites]
     controls = [s for s in suites if s.role == "control"]
     decision: GateDecision = decide(
         [pair for pair in pairs if pair[0].role == "held_out"],

@@ -21,6 +21,9 @@ from serve.suites import night_suites
 DAYS = (Purpose.SERVE, Purpose.TEACHER)
 """What the days brought; practice is the nights' own."""
 
+PARTIAL = ("training_file", "since", "recipes")
+"""Options of a night that leaves out some of what the days brought: the next one still has all of it to learn."""
+
 
 def snapshot(run: NightRun) -> Output:
     """Draw the line: what happened up to here teaches tonight, what comes later waits."""
@@ -34,7 +37,8 @@ def snapshot(run: NightRun) -> Output:
         known = promotion.ancestry(ledger)
         for night in ledger.nights():
             stage = ledger.stage(night.id, "snapshot")
-            if night.status is NightStatus.PROMOTED and night.candidate in known and stage is not None:
+            whole = not any(night.options.get(name) for name in PARTIAL)
+            if whole and night.status is NightStatus.PROMOTED and night.candidate in known and stage is not None:
                 practised = ledger.stage(night.id, "practice")
                 since = stage.output["upto"] | ({"practice": practised.output["upto"]} if practised else {})
     asked = run.night.options.get("since")

@@ -29,11 +29,11 @@ def publish(run: NightRun) -> Output:
 async def _switch(run: NightRun, number: int, why: str) -> None:
     services, share = run.services, run.services.settings.watch.canary
     ledger, residency = services.ledger, services.residency
+    told = {"why": why, "by": "night", "expected_from": run.done("snapshot")["champion"]}
     if share:
-        await promotion.begin_canary(ledger, residency, number, share, why=why, by="night")
-        return
-    judged_against = run.done("snapshot")["champion"]
-    await promotion.promote(ledger, residency, number, why=why, by="night", expected_from=judged_against)
+        await promotion.begin_canary(ledger, residency, number, share, **told)
+    else:
+        await promotion.promote(ledger, residency, number, **told)
 
 
 def report(run: NightRun) -> Output:

@@ -174,7 +174,15 @@ def test_an_unknown_verifier_is_named_before_anything_runs() -> None:
         with pytest.raises(VerifierError, match=r"'magic'; known: .*exact"):
             check()
     check_verifier(task())
-    check_verifier(task("exact"))
+    check_verifier(task("exact", reference="1"))
+
+
+@pytest.mark.parametrize(
+    "given", [task("exact"), task("numeric", "many"), task("regex", pattern="("), task("contains", any=3)]
+)
+def test_a_verifier_without_what_it_needs_is_refused_before_anything_runs(given: Task) -> None:
+    with pytest.raises(VerifierError):
+        check_verifier(given)
 
 
 @pytest.fixture

@@ -70,6 +70,14 @@ def test_rolling_back_twice_goes_two_steps_back_and_then_says_there_is_no_more(l
     assert [p.to_generation for p in ledger.promotions()] == [1, 2, 1, 0]
 
 
+def test_a_canary_judged_against_another_champion_gets_no_users(ledger: Ledger) -> None:
+    promote(ledger, 1)
+    begun = promotion.begin_canary(ledger, FakeResidency(), 2, 0.1, why="better", by="night", expected_from=0)  # type: ignore[arg-type]
+    with pytest.raises(ConflictError, match="changed meanwhile"):
+        asyncio.run(begun)
+    assert ledger.canary() is None
+
+
 def test_what_was_rejected_or_serves_already_is_not_promoted(ledger: Ledger) -> None:
     ledger.advance_generation(2, GenerationStatus.REJECTED)
     with pytest.raises(ConflictError, match="rejected"):

@@ -33,9 +33,8 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
         night = Night(id=f"night_{number}")
         ledger.add_night(night)
         ledger.add_examples(night.id, taught(ledger, number))
-        ledger.add_generation(
-            Generation(number=number, base_model="test/model", night_id=night.id, status=GenerationStatus.CANDIDATE)
-        )
+        made: dict[str, Any] = {"night_id": night.id, "parent": number - 1, "status": GenerationStatus.CANDIDATE}
+        ledger.add_generation(Generation(number=number, base_model="test/model", **made))
         ledger.add_evaluation(measured(number, sums, night.id))
         ledger.promote(number, why="better", by="night")
         ledger.end_night(night.id, NightStatus.PROMOTED, [], candidate=number, report_path=None)
@@ -92,11 +91,32 @@ def test_from_the_base_model_nothing_is_replayed(ledger: Ledger, tmp_path: Path)
     assert not tonight(ledger, tmp_path, train_from="base", replay_schedule="retention")
 
 
-def test_a_question_that_came_again_word_for_word_is_not_replayed_beside_itself(ledger: Ledger, tmp_path: Path) -> None:
-    # An example's id is its content: twice in one night, it would be one id with two origins.
-    new = ledger.examples("night_1")[:20]
+def test_a_question_that_came_again_is_not_replayed_beside_todays_word_on_it(ledger: Ledger, tmp_path: Path) -> None:
+    # Word for word it would be one id with two origins; otherwise it would teach what was superseded.
+    first, *_, last = known = ledger.examples("night_1")
+    other = [*first.messages[:-1], {"role": "assistant", "content": "something else"}]
+    new = [*known[1:-1], first.model_copy(update={"id": "ex_other", "messages": other}), last]
     replayed_too = drawn_tonight(ledger, tmp_path, new, replay_share=4.0)
-    assert len(replayed_too) == 60
-    assert not {e.id for e in replayed_too} & {e.id for e in new}
+    assert {e.id for e in replayed_too} == {e.id for e in ledger.examples("night_2")}
     ledger.add_night(Night(id="night_3"))
     ledger.add_examples("night_3", [*new, *replayed_too])
+
+
+def test_what_only_a_generation_learned_that_was_rolled_back_is_not_replayed(ledger: Ledger, tmp_path: Path) -> None:
+    ledger.promote(1, why="worse", by="ada")
+    new = [Example(recipe="successes", kind=ExampleKind.SFT, task_id=f"new_{n}", messages=[]) for n in range(16)]
+    replayed_too = drawn_tonight(ledger, tmp_path, new, replay_share=4.0, train_from="champion")
+    assert {e.id for e in replayed_too} == {e.id for e in ledger.examples("night_1")}
+
+
+def test_from_the_base_model_uploaded_lessons_are_taught_again_all_of_them(ledger: Ledger, tmp_path: Path) -> None:
+    task = Task(workload="files", messages=[{"role": "user", "content": "uploaded"}])
+    ledger.add_task(task)
+    ledger.add_night(Night(id="night_3", options={"training_file": "file_1"}))
+    made: dict[str, Any] = {"night_id": "night_3", "parent": 2, "status": GenerationStatus.CANDIDATE}
+    ledger.add_generation(Generation(number=3, base_model="test/model", **made))
+    lesson = Example(recipe="file", kind=ExampleKind.SFT, task_id=task.id, messages=task.messages)
+    ledger.add_examples("night_3", [lesson])
+    ledger.promote(3, why="better", by="night")
+    ledger.end_night("night_3", NightStatus.PROMOTED, [], candidate=3, report_path=None)
+    assert drawn_tonight(ledger, tmp_path, [], train_from="base") == [lesson]

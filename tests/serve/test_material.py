@@ -1,0 +1,78 @@
+"""Where a night draws its line, and what it can be judged by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from memory.errors import NotEnoughExperienceError
+from memory.ledger import Ledger
+from memory.night_records import Generation, GenerationStatus, Night, NightStatus, StageRun
+from memory.records import Purpose, StopReason, Task, Trajectory, VerifierSpec
+from serve import promotion
+from serve.stages.material import snapshot
+from serve.suites import held_out_from_days
+from serve.wiring import open_ledger
+from tests.serve.fakes import settings_in
+from tests.serve.test_night_limits import night_in, ran
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Iterator[Ledger]:
+    settings = settings_in(tmp_path)
+    opened = open_ledger(settings)
+    promotion.ensure_base(opened, settings.model)
+    yield opened
+    opened.close()
+
+
+def promoted(ledger: Ledger, folder: Path, number: int, **options: Any) -> None:
+    """A night that drew its line here and promoted generation `number`."""
+    night = Night(options=options)
+    drawn = snapshot(night_in(ledger, folder, [], night))
+    ledger.record_stage(StageRun(night_id=night.id, stage="snapshot", output=drawn, seconds=0.0))
+    made: dict[str, Any] = {"parent": number - 1, "night_id": night.id, "status": GenerationStatus.CANDIDATE}
+    ledger.add_generation(Generation(number=number, base_model="m", **made))
+    ledger.promote(number, why="better", by="night")
+    ledger.end_night(night.id, NightStatus.PROMOTED, [], candidate=number, report_path=None)
+
+
+def waiting(ledger: Ledger, folder: Path) -> int:
+    return snapshot(night_in(ledger, folder, []))["runs"]
+
+
+@pytest.mark.parametrize(
+    "options", [{"training_file": "file-1"}, {"since": "2026-01-01T00:00:00+00:00"}, {"recipes": ["successes"]}]
+)
+def test_a_night_that_left_something_out_leaves_the_day_to_be_learned(
+    ledger: Ledger, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    ran(ledger, "What is 1 + 1?", 1)
+    promoted(ledger, tmp_path, 1, **options)
+    assert waiting(ledger, tmp_path) == 1
+    promoted(ledger, tmp_path, 2)
+    assert waiting(ledger, tmp_path) == 0
+
+
+def test_a_task_that_nobody_can_judge_is_not_held_out(ledger: Ledger) -> None:
+    def asked(name: str, verifier: str, reference: str | None = None, **args: Any) -> Task:
+        spec = VerifierSpec(name=verifier, args=args)
+        task = Task(messages=[{"role": "user", "content": name}], verifier=spec, reference=reference)
+        run = Trajectory(
+            task_id=task.id, generation=0, model="base", messages=task.messages, stop_reason=StopReason.ANSWER,
+            answer="many", purpose=Purpose.SERVE,
+        )  # fmt: skip
+        ledger.add_task(task)
+        ledger.add_trajectory(run)
+        return task
+
+    asked("no number", "numeric", "many")
+    asked("no pattern", "regex", pattern="(")
+    asked("no reference", "exact")
+    with pytest.raises(NotEnoughExperienceError):
+        held_out_from_days(ledger, 1.0)
+    sound = asked("sound", "numeric", "3")
+    assert [item.task.id for item in held_out_from_days(ledger, 1.0).tasks] == [sound.id]
