@@ -410,6 +410,11 @@ class Ledger:
         with self._database.writing() as connection:
             nights.set_candidate(connection, night_id, number)
 
+    def set_limits(self, night_id: str, limits: dict[str, Any]) -> None:
+        """Note what a night's training may spend; what was noted first stays."""
+        with self._database.writing() as connection:
+            nights.set_limits(connection, night_id, limits)
+
     def record_stage(self, stage_run: StageRun) -> StageRun:
         """Keep a finished stage; a night's first output of a stage stays. Returns the one that is kept."""
         with self._database.writing() as connection:

@@ -90,6 +90,8 @@ class Night(Record):
     id: str = Field(default_factory=lambda: new_id("night"))
     status: NightStatus = NightStatus.RUNNING
     options: dict[str, Any] = Field(default_factory=dict)
+    limits: dict[str, Any] | None = None
+    """What its training may spend, by the trainer's names; None until that was decided."""
     candidate: int | None = None
     reasons: list[str] = Field(default_factory=list)
     report_path: str | None = None

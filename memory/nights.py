@@ -218,6 +218,13 @@ def set_candidate(connection: Connection, night_id: str, number: int) -> None:
     rows.put(connection, nights, standing.model_copy(update={"candidate": number}), {"id": night_id})
 
 
+def set_limits(connection: Connection, night_id: str, limits: dict[str, Any]) -> None:
+    """Note what a night's training may spend, unless that is decided already."""
+    standing = night(connection, night_id)
+    if standing.limits is None:
+        rows.put(connection, nights, standing.model_copy(update={"limits": limits}), {"id": night_id})
+
+
 def record_stage(connection: Connection, stage_run: StageRun) -> StageRun:
     """Keep a stage's output unless the night has one for it already; returns the one that is kept."""
     night(connection, stage_run.night_id)

@@ -20,7 +20,7 @@ from distill.train.fast import skippable
 from distill.train.interpolate import apart, toward_previous
 from distill.train.loop import steps_of
 from distill.train.model import load_policy, load_tokenizer, save_adapter
-from distill.train.progress import Progress, last_checkpoint, write_whole
+from distill.train.progress import Progress, last_checkpoint, told_seconds, write_whole
 from distill.train.proof import write_proof
 from distill.train.render import Pair, Row, read_examples, render_pair, render_row
 from distill.train.served import FILE as SERVED
@@ -75,7 +75,7 @@ def train(job: TrainJob) -> TrainResult:
     progress = Progress(job.progress_path, max_tokens=job.max_tokens, max_seconds=job.max_seconds)
     tokenizer = load_tokenizer(job.base_model)
     data = load_data(job, tokenizer)
-    _discard_other_work(job, progress.main)
+    same = _keep_same_work(job, progress.main)
     if job.config.processes > 1:
         from accelerate import PartialState
 
@@ -87,7 +87,7 @@ def train(job: TrainJob) -> TrainResult:
     share = min(1.0, (job.max_tokens or total) / total)
     steps = {phase: max(min(1, plan.steps), int(plan.steps * share)) for phase, plan in plans.items()}
     progress.steps = sum(steps.values())
-    _go_on(progress, job)
+    progress.seconds_before = told_seconds(job.progress_path) if same else 0.0
     figures = {"profile": config.profile, "rows": len(data.rows), "pairs": len(data.pairs), "too_long": data.too_long}
     progress.say("start", steps=progress.steps, **figures, note=note)
 
@@ -164,19 +164,6 @@ def _plans(data: Data, config: TrainConfig) -> dict[str, Plan]:
     }
 
 
-def _go_on(progress: Progress, job: TrainJob) -> None:
-    """Tell the progress how much of the run earlier attempts have done."""
-    for phase in ("dpo", "sft"):
-        checkpoint = last_checkpoint(job.work_dir / phase)
-        if checkpoint is not None:
-            progress.seconds_before = checkpoint[1]
-            return
-        measured = job.work_dir / f"{phase}.json"
-        if measured.is_file():
-            progress.seconds_before = json.loads(measured.read_text())["seconds"]
-            return
-
-
 def _phase(
     phase: str,
     job: TrainJob,
@@ -207,13 +194,13 @@ def _phase(
             check_reference(reference, tolerance=0.02 if trainer.args.bf16 else 1e-3)
         checkpoint = last_checkpoint(folder) if config.checkpoint_steps else None
         seen, began = _tokens_at(checkpoint), time.monotonic()
-        trainer.train(resume_from_checkpoint=str(checkpoint[0]) if checkpoint else None)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         tally.loop_tokens += int(trainer.state.num_input_tokens_seen) - seen
         tally.loop_seconds += time.monotonic() - began
         if progress.main:
             save_adapter(trainer.accelerator.unwrap_model(trainer.model), adapter)
             losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-            kept = {"losses": losses, "reference_loss": reference, "seconds": progress.seconds}
+            kept = {"losses": losses, "reference_loss": reference}
             kept |= {"steps": trainer.state.global_step, "tokens": int(trainer.state.num_input_tokens_seen)}
             write_whole(measured, json.dumps(kept))
             shutil.rmtree(folder, ignore_errors=True)
@@ -229,11 +216,11 @@ def _phase(
     return adapter
 
 
-def _tokens_at(checkpoint: tuple[Path, float] | None) -> int:
+def _tokens_at(checkpoint: Path | None) -> int:
     """Tokens that a phase had seen at a checkpoint."""
     if checkpoint is None:
         return 0
-    return int(json.loads((checkpoint[0] / "trainer_state.json").read_text())["num_input_tokens_seen"])
+    return int(json.loads((checkpoint / "trainer_state.json").read_text())["num_input_tokens_seen"])
 
 
 def _result(job: TrainJob, config: TrainConfig, note: str, data: Data, progress: Progress, tally: Tally) -> TrainResult:
@@ -266,19 +253,22 @@ def _publish(job: TrainJob, adapter: Path, result: TrainResult) -> None:
     ready.rename(job.out_dir)
 
 
-def _discard_other_work(job: TrainJob, main: bool) -> None:
-    """Forget checkpoints that were made from other data, settings or models than this job's."""
+def _keep_same_work(job: TrainJob, main: bool) -> bool:
+    """Whether an earlier attempt at this very job is gone on with: checkpoints that were made from other data,
+    settings or models are forgotten."""
     key_file = job.work_dir / "key"
     files = [job.dataset_dir / name for name in (SFT_FILE, DPO_FILE)]
     texts = [f.read_text(encoding="utf-8") if f.is_file() else "" for f in files]
     settings = job.config.model_dump(exclude={"threads", "checkpoint_steps", "cache_ram_mb"})
     key = content_hash([settings, str(job.base_model), str(job.parent_adapter), texts, job.max_tokens])
     key = content_hash([key, str(job.previous_adapter), job.most_rank]) if job.config.interpolate else key
-    if not main or (key_file.is_file() and key_file.read_text() == key):
-        return
+    same = key_file.is_file() and key_file.read_text() == key
+    if same or not main:
+        return same
     for phase in ("sft", "dpo", "interpolated"):
         shutil.rmtree(job.work_dir / phase, ignore_errors=True)
         shutil.rmtree(job.work_dir / f"{phase}-adapter", ignore_errors=True)
         (job.work_dir / f"{phase}.json").unlink(missing_ok=True)
     job.work_dir.mkdir(parents=True, exist_ok=True)
     write_whole(key_file, key)
+    return False

@@ -14,6 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ class Progress:
     max_seconds: float | None = None
     """The run's budget (`TrainJob`)."""
     seconds_before: float = 0.0
-    """Wall time of earlier, interrupted attempts."""
+    """Wall time of earlier, interrupted attempts, what they did behind their last checkpoint included."""
     began: float = field(default_factory=time.monotonic)
     main: bool = field(default_factory=lambda: os.environ.get("RANK", "0") == "0")
 
@@ -112,7 +113,7 @@ def callback_class() -> type:
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             if self.progress.main and folder.is_dir():
-                write_whole(folder / COMPLETE, json.dumps({"seconds": self.progress.seconds}))
+                write_whole(folder / COMPLETE, "{}")
                 self.progress.say("checkpoint", phase=self.phase, step=self.progress.offset + state.global_step)
 
     return Reporter
@@ -125,16 +126,23 @@ def write_whole(path: Path, text: str) -> None:
     half.replace(path)
 
 
-def last_checkpoint(folder: Path) -> tuple[Path, float] | None:
-    """The newest complete checkpoint in `folder` and the run's wall time up to it; None without one.
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint in `folder`; None without one.
 
     One that was cut short by a kill has no mark and is passed over; the next save writes over it.
     """
     marks = list(folder.glob(f"checkpoint-*/{COMPLETE}"))
     if not marks:
         return None
-    newest = max(marks, key=lambda mark: int(mark.parent.name.rpartition("-")[2]))
-    return newest.parent, float(json.loads(newest.read_text())["seconds"])
+    return max(marks, key=lambda mark: int(mark.parent.name.rpartition("-")[2])).parent
+
+
+def told_seconds(path: Path) -> float:
+    """The run's wall time by the last event in its progress file; a line that a kill cut short is passed over."""
+    for line in reversed(path.read_text(encoding="utf-8").splitlines() if path.is_file() else []):
+        with suppress(ValueError):
+            return float(json.loads(line)["seconds"])
+    return 0.0
 
 
 def end_with(parent: int, every_s: float = 0.5) -> None:

@@ -13,15 +13,31 @@ from serve.stages.night_run import NightRun, OverBudgetError
 def training_limits(run: NightRun) -> dict[str, Any]:
     """The trainer's `max_tokens` and `max_seconds`, where the settings limit the night.
 
-    Of the seconds, those of the stages before are spent and those that the stages after it took last time are kept
-    for them. The rest, at the last trainer's pace, is a number of tokens as well: so the steps are fewer from
-    the start, and the learning rate comes to its end. Raises OverBudgetError when nothing is left.
+    Decided once, in the ledger before training begins: the trainer of a night that was killed goes on from its
+    checkpoints only under the same numbers, whatever the settings say by then. (How long its attempts took counts
+    against `max_seconds` there.) Raises OverBudgetError when nothing is left.
     """
-    config, ledger = run.services.settings.night, run.services.ledger
+    ledger = run.services.ledger
+    decided = ledger.night(run.night.id).limits
+    if decided is not None:
+        return decided
+    limits = _affordable(run.services.settings.night, ledger, run.night.id)
+    ledger.set_limits(run.night.id, limits)
+    if limits:
+        told = " and ".join(f"{limit:.0f} {name.removeprefix('max_')}" for name, limit in limits.items())
+        run.emit("train", f"the night's budget leaves {told} for training", **limits)
+    return limits
+
+
+def _affordable(config: NightConfig, ledger: Ledger, night_id: str) -> dict[str, Any]:
+    """Of the seconds, those of the stages before are spent and those that the stages after it took last time are kept
+    for them. The rest, at the last trainer's pace, is a number of tokens as well: so the steps are fewer from the
+    start, and the learning rate comes to its end.
+    """
     limits: dict[str, Any] = {"max_tokens": config.max_tokens}
     if config.max_seconds is not None:
         last = _last_trained(ledger)
-        spent = sum(stage.seconds for stage in ledger.stages(run.night.id))
+        spent = sum(stage.seconds for stage in ledger.stages(night_id))
         kept = sum(stage.seconds for stage in last[_place(last, "train") + 1 :])
         left = config.max_seconds - spent - kept
         if left <= 0:
@@ -34,11 +50,7 @@ def training_limits(run: NightRun) -> dict[str, Any]:
             done = last[_place(last, "train")].output
             affordable = max(1, int(left * done["tokens"] / max(done["seconds"], 1e-9)))
             limits["max_tokens"] = min(affordable, config.max_tokens or affordable)
-    known = {name: limit for name, limit in limits.items() if limit is not None}
-    if known:
-        told = " and ".join(f"{limit:.0f} {name.removeprefix('max_')}" for name, limit in known.items())
-        run.emit("train", f"the night's budget leaves {told} for training", **known)
-    return known
+    return {name: limit for name, limit in limits.items() if limit is not None}
 
 
 def foretold(config: NightConfig, tokens: int, train_seconds: float | None, night_seconds: float | None) -> list[str]:

@@ -301,3 +301,17 @@ def test_a_run_whose_time_is_up_ends_with_the_step_it_is_in(tmp_path):
     assert "dpo" not in result.losses
     assert "1 of 18 steps" in result.note
     assert (job.out_dir / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_the_time_of_an_attempt_that_left_no_checkpoint_is_spent_all_the_same(tmp_path, monkeypatch, same):
+    job = make_job(tmp_path, sums(8), epochs=4, batch_size=2).model_copy(update={"max_seconds": 3000.0})
+    monkeypatch.setattr("distill.train.job.sft_trainer", lambda *a: (_ for _ in ()).throw(OSError("killed")))
+    with pytest.raises(OSError, match="killed"):
+        train(job)
+    monkeypatch.undo()
+    with job.progress_path.open("a") as file:
+        file.write(json.dumps({"event": "step", "step": 3, "seconds": 4000.0}) + '\n{"event": "st')
+    if not same:
+        write_dataset(job.dataset_dir, sums(6))
+    assert len(train(job).losses["sft"]) == (1 if same else 12)

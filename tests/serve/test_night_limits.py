@@ -39,7 +39,8 @@ def night_in(ledger: Ledger, folder: Path, said: list[str], night: Night | None 
     """A night's run with nothing behind it but the ledger; what it says goes into `said`."""
     settings = settings_in(folder, night=NightConfig(**config))
     night = night or Night()
-    ledger.add_night(night)
+    if night.id not in {known.id for known in ledger.nights()}:
+        ledger.add_night(night)
     services: Any = SimpleNamespace(settings=settings, ledger=ledger)
 
     def done(name: str) -> dict[str, Any]:
@@ -126,6 +127,22 @@ def test_time_for_evaluation_is_kept_and_the_rest_is_tokens_at_the_last_pace(led
     ledger.record_stage(StageRun(night_id=run.night.id, stage="dataset", output={}, seconds=8.0))
     assert training_limits(run) == {"max_tokens": 600, "max_seconds": 12.0}
     assert "600 tokens and 12 seconds" in said[0]
+
+
+def test_a_night_that_was_killed_keeps_the_budget_it_was_given(ledger: Ledger, tmp_path: Path) -> None:
+    slept(ledger)
+    night, said = Night(), list[str]()
+    first = training_limits(night_in(ledger, tmp_path, said, night, max_seconds=50.0, max_tokens=500))
+    # Meanwhile the settings have changed: other numbers would throw the trainer's checkpoints away.
+    again = night_in(ledger, tmp_path, said, night, max_seconds=10.0)
+    assert training_limits(again) == first == {"max_tokens": 500, "max_seconds": 20.0}
+    assert len(said) == 1
+
+
+def test_a_night_that_began_to_train_without_a_budget_goes_on_without_one(ledger: Ledger, tmp_path: Path) -> None:
+    night = Night()
+    assert training_limits(night_in(ledger, tmp_path, [], night)) == {}
+    assert training_limits(night_in(ledger, tmp_path, [], night, max_tokens=10)) == {}
 
 
 def test_the_tighter_budget_holds(ledger: Ledger, tmp_path: Path) -> None:
