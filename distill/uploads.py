@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from agent.tools import check_tools
 from distill.runs import flaw_of, task_messages
 from memory.errors import ConfigError
 from memory.records import DEFAULT_WORKLOAD, Example, ExampleKind, Message, Task, content_hash
@@ -62,7 +63,7 @@ def read_upload(
             continue
         try:
             yield _read_line(line, method, [file_id, number], tenant, tools)
-        except (ValueError, RecursionError) as exc:
+        except (ValueError, RecursionError, ConfigError) as exc:
             raise ConfigError(f"line {number} of the training file: {_said(exc)}") from exc
 
 
@@ -72,7 +73,7 @@ def _read_line(line: str, method: Method, origin: list[Any], tenant: str, tools:
         supervised = _Supervised.model_validate(value)
         asked, run = _split(supervised.messages)
         extension, chosen, rejected = supervised.nightschool, None, None
-        _check(run, tools if extension.tools is None else extension.tools)
+        _check(run, _offered(extension, tools))
     else:
         pair = _Preference.model_validate(value)
         asked, run = _split(pair.input.messages)
@@ -80,7 +81,7 @@ def _read_line(line: str, method: Method, origin: list[Any], tenant: str, tools:
         if run:
             raise ValueError("input.messages must end with the user's message")
         for side in (chosen, rejected):
-            _check(side, tools if extension.tools is None else extension.tools)
+            _check(side, _offered(extension, tools))
     task = Task(
         id=f"task_{content_hash(origin)[:32]}",
         tenant=tenant,
@@ -119,13 +120,18 @@ def _split(messages: list[Message]) -> tuple[list[Message], list[Message]]:
     return messages[: users[-1] + 1], messages[users[-1] + 1 :]
 
 
+def _offered(extension: _Extension, tools: list[str]) -> list[str]:
+    """The line's tools; ConfigError for one that there is not: no prompt could be laid out with it."""
+    return tools if extension.tools is None else check_tools(extension.tools)
+
+
 def _check(run: list[Message], tools: list[str]) -> None:
     flaw = flaw_of(run, tools)
     if flaw:
         raise ValueError(flaw)
 
 
-def _said(exc: ValueError | RecursionError) -> str:
+def _said(exc: ValueError | RecursionError | ConfigError) -> str:
     if isinstance(exc, ValidationError):
         first = exc.errors()[0]
         where = ".".join(str(part) for part in first["loc"])

@@ -84,6 +84,7 @@ def test_reading_a_file_again_gives_the_same_ids():
         ({"messages": [user("2+2?"), {"role": "wizard", "content": "4"}]}, "wizard"),
         ({"messages": [user("2+2?"), {**says("4"), "weight": 0}]}, "weight"),
         (supervised("2+2?", "4", tools=[]), "tools: this field is not supported"),
+        (supervised("2+2?", "4", nightschool={"tools": ["shell"]}), "unknown tool 'shell'"),
         (preference("2+2?", "4", "5"), "messages"),
         ("[" * 100_000, "line 2"),
     ],
