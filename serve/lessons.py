@@ -60,15 +60,16 @@ async def keep_principles(services: Services, principles: Iterable[Principle], j
 
 
 def _add(services: Services, principle: Principle) -> list[Principle] | None:
-    """Add a principle and return its neighbours; None when it was put away since it was first added."""
+    """Add a principle and return its neighbours; None when it was put away or reworded since it was first added."""
     rule, ledger = services.settings.life, services.ledger
     try:
         known = ledger.get_principle(principle.id)
     except NotFoundError:
         ledger.add_principle(principle)
     else:
-        # Added before a crash, and perhaps not compared yet.
-        if known.status is not MemoryStatus.ACTIVE:
+        # Added before a crash, and perhaps not compared yet. Ids come from the first wording: one that somebody
+        # reworded since is theirs, and the model's old sentence must not have it merged away.
+        if known.status is not MemoryStatus.ACTIVE or known.text != principle.text:
             return None
     drain(ledger, services.index)
     return services.memory.neighbours(principle, at_least=rule.merge_similarity, k=rule.merge_neighbours)

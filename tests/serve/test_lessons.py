@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from distill.equivalence import YES_OR_NO
+from memory import shelf
 from memory.night_records import GenerationStatus
 from memory.records import (
     Feedback,
@@ -70,6 +71,20 @@ def test_a_lesson_that_was_retired_does_not_come_back_in_other_words(services: S
     services.ledger.set_memory_status(ONE.id, MemoryStatus.RETIRED, "it misled")
     assert kept(services, SAME) == {"added": 1, "merged": 1}
     assert services.ledger.principles(status=MemoryStatus.ACTIVE) == []
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+def test_a_principle_that_somebody_reworded_stays_when_the_model_says_the_old_words_again(
+    services: Services, pinned: bool
+):
+    kept(services, ONE)
+    database = services.ledger.database
+    shelf.reword(database, ONE.id, "Say which unit you mean.", "clearer", tenant=ONE.tenant)
+    shelf.set_pinned(database, ONE.id, pinned, "mine", tenant=ONE.tenant)
+    services.ledger.add_principle(SAME)
+    assert kept(services, ONE) == {"added": 0, "merged": 0}
+    reworded = services.ledger.get_principle(ONE.id)
+    assert (reworded.text, reworded.status) == ("Say which unit you mean.", MemoryStatus.ACTIVE)
 
 
 def test_runs_count_by_verifier_or_users_and_as_controls_where_the_item_was_withheld(services: Services):
