@@ -13,11 +13,12 @@ from evals.chat import chat_suite
 from evals.oracle import oracle, oracle_expression
 from evals.suites import TRAINED_FAMILIES, reasoning_gym_suite, reasoning_gym_tasks, save_suite
 from memory.night_records import GenerationStatus, NightStatus
-from memory.records import MemoryStatus, Task
+from memory.records import MemoryStatus, Principle, PrincipleKind, Task
 from serve.batch import line_of, run_lines
 from serve.client import Client
 from serve.days import correct_value
 from serve.settings import Settings
+from serve.wiring import Services
 from tests.serve.fakes import fake_training, running, settings_in
 
 HELD_OUT = reasoning_gym_suite(TRAINED_FAMILIES, 5, 70_001, "held_out", "held_out")
@@ -115,6 +116,28 @@ def test_a_day_of_corrections_makes_a_better_champion_and_a_forgetful_one_is_rej
         back = client.post("/v1/generations/rollback", {"why": "test"})
         assert (back["from_generation"], back["to_generation"]) == (1, 0)
         assert ledger.champion().number == 0
+
+
+def test_memory_edited_between_champion_and_candidate_costs_another_exam_and_not_the_night(settings: Settings) -> None:
+    edits: list[Services] = []
+
+    def meddling(request: ChatRequest) -> str:
+        if request.model != "base" and edits:
+            text = "Check the sign of every number."
+            edits.pop().ledger.add_principle(Principle(kind=PrincipleKind.GUIDING, text=text, sources=[]))
+        return pupil(request)
+
+    with running(settings, meddling) as (url, services):
+        client = Client(url)
+        replies = live(client, 1)
+        for number, task in enumerate(day(1)):
+            said = {"kind": "correction", "value": correct_value(task), "author": "u"}
+            client.post("/v1/feedback", {"response_id": replies[number]["id"], **said})
+        edits.append(services)
+        night = sleep_through(client)
+        assert night["nightschool"]["status"] == NightStatus.PROMOTED, night["nightschool"]["reasons"]
+        events = client.get(f"/v1/fine_tuning/jobs/{night['id']}/events", limit=1000)["data"]
+        assert any("once more" in event["message"] for event in events)
 
 
 def test_the_oracle_of_the_demo_is_right() -> None:
