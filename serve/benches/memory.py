@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -39,7 +39,7 @@ from memory.errors import ConfigError, EngineError, NightschoolError, boundary
 from memory.index import Index, drain
 from memory.ledger import Ledger
 from memory.night_records import Evaluation
-from memory.recall import Memory, Recall, Recaller, estimate_tokens
+from memory.recall import Memory, Recall, RecallConfig, Recaller, estimate_tokens
 from memory.records import MemoryStatus, PastRun, Principle, PrincipleKind, Task
 from serve.engine import ROOT
 from serve.settings import Settings
@@ -74,6 +74,13 @@ figures say how full that was. Four stores and the rebuild end within half an ho
 
 ADD_S = 60.0
 SEARCH_S = 10.0
+FORMS = {
+    "principle": RecallConfig(runs=0, principles=1),
+    "two_principles": RecallConfig(runs=0, principles=2),
+    "run_and_principle": RecallConfig(runs=1, principles=1),
+    "two_runs": RecallConfig(runs=2, principles=0),
+}
+"""What `usefulness` shows the model instead of the settings' choice: which form helps which model is measured."""
 TIE = 1e-4
 """Texts whose similarity is as near to the last of the exact answer are as right as that one."""
 
@@ -330,11 +337,20 @@ class AllMemory:
 
 
 async def compare_memories(
-    ledger: Ledger, ours: Recaller, suite: Suite, model: ModelRef, deps: AgentDeps, *, context: int, concurrency: int
+    ledger: Ledger,
+    ours: Recaller,
+    suite: Suite,
+    model: ModelRef,
+    deps: AgentDeps,
+    *,
+    context: int,
+    concurrency: int,
+    forms: Mapping[str, Recaller] | None = None,
 ) -> dict[str, Figure]:
     """Held-out success without memory, with all of it and with what recall chooses, and the paired differences.
 
-    `context`: tokens of prompt and answer together. Raises as `evals.runner.evaluate`.
+    `forms`: recallers that show other kinds of items than `ours`. `context`: tokens of prompt and answer together.
+    Raises as `evals.runner.evaluate`.
     """
     # Room for the system prompt, the question and every turn; the estimate of an item's tokens is a rough one.
     room = max(0, int(0.8 * (context - 300 - deps.config.max_turns * deps.config.max_tokens)))
@@ -342,6 +358,7 @@ async def compare_memories(
         "none": None,
         "all": AllMemory(ledger, suite.tasks[0].task.tenant, room),
         "ours": ours,
+        **(forms or {}),
     }
     done: dict[str, Evaluation] = {}
     for arm, recaller in arms.items():
@@ -363,7 +380,7 @@ async def compare_memories(
         figures[f"{arm}_prompt_tokens_per_task"] = round(sum(o.prompt_tokens for o in evaluation.outcomes) / n)
         figures[f"{arm}_seconds"] = round(evaluation.seconds, 1)
     workloads = [outcome.workload for outcome in done["ours"].outcomes]
-    for other in ("none", "all"):
+    for other in [arm for arm in arms if arm != "ours"]:
         theirs, mine = ([o.success for o in done[arm].outcomes] for arm in (other, "ours"))
         gain = paired_difference(theirs, mine, strata=workloads)
         figures[f"ours_over_{other}_points"] = round(gain.points, 1)
@@ -415,6 +432,7 @@ async def _usefulness(settings: Settings, engine: EngineOf, folder: Path, taught
                     AgentDeps(llm=llm, config=settings.agent),
                     context=settings.engine.max_model_len,
                     concurrency=settings.night.concurrency,
+                    forms={name: Memory(ledger, index, config) for name, config in FORMS.items()},
                 )
             finally:
                 await llm.close()
