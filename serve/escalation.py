@@ -33,6 +33,7 @@ from memory.ledger import Ledger
 from memory.predictor import PastOutcome, Predictor, fit
 from memory.recall import NoMemory
 from memory.records import DEFAULT_TENANT, Outcome, OutcomeSource, Purpose, StopReason, Task, Trajectory, new_id
+from serve import counters
 
 log = logging.getLogger(__name__)
 
@@ -275,6 +276,7 @@ class Teacher:
             }
         )
         await asyncio.to_thread(escalations.end, self._ledger.database, ended)
+        counters.escalated(ended)
         return self._vouched(run, task) if run is not None and answered else None
 
     def afterwards(self, work: Coroutine[Any, Any, Trajectory | None]) -> None:

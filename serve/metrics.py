@@ -1,7 +1,4 @@
-"""What Prometheus is told: requests, runs and tokens of this process, and how service, engine and night stand now.
-
-Labels are routes, numbers and our own words: never a tenant, a user, a key or a text.
-"""
+"""What Prometheus is told: what this process counted (`serve.counters`), how service, engine and night stand now."""
 
 from __future__ import annotations
 
@@ -9,59 +6,21 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
+from prometheus_client import CollectorRegistry, disable_created_metrics, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from starlette.datastructures import Headers
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from memory.night_records import Night, NightStatus
-from memory.records import Purpose, Trajectory
+from serve.counters import COUNTED, LATENCY, REQUESTS
 from serve.events import read_events
+from serve.replicas import Replicas
 from serve.stages import STAGES
 from serve.wiring import Services
 
-COUNTED = CollectorRegistry()
-"""Of the process since its start, whatever service runs in it."""
-
-REQUESTS = Counter(
-    "nightschool_requests", "Requests by route and status.", ["method", "route", "status"], registry=COUNTED
-)
-LATENCY = Histogram(
-    "nightschool_request_seconds",
-    "From a request's arrival to its reply's last byte.",
-    ["method", "route"],
-    registry=COUNTED,
-    buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300),
-)
-RUNS = Counter(
-    "nightschool_runs",
-    "Runs by outcome, by who ran them (own, teacher) and by the generation that was asked.",
-    ["generation", "outcome", "by"],
-    registry=COUNTED,
-)
-TOKENS = Counter("nightschool_tokens", "Tokens of those runs.", ["kind"], registry=COUNTED)
-RECALLED = Counter("nightschool_recalled_items", "Memory items shown to runs, by kind.", ["kind"], registry=COUNTED)
-RECALLING = Counter("nightschool_runs_with_recall", "Runs that were shown something from memory.", registry=COUNTED)
-
 OTHER = "other"
 """The route of a request that matches none."""
-
-
-def ran(trajectory: Trajectory) -> None:
-    """Count a run that was committed."""
-    judged = trajectory.outcome is not None
-    outcome = "success" if trajectory.success else "failure" if judged else "unjudged"
-    by = "teacher" if trajectory.purpose is Purpose.TEACHER else "own"
-    RUNS.labels(str(trajectory.generation), outcome, by).inc()
-    own = trajectory.steps[trajectory.inherited_steps :]
-    TOKENS.labels("prompt").inc(sum(step.prompt_tokens or 0 for step in own))
-    TOKENS.labels("completion").inc(sum(step.completion_tokens or 0 for step in own))
-    shown = [item for item in trajectory.recalled if not item.withheld]
-    for item in shown:
-        RECALLED.labels(item.kind.value).inc()
-    if shown:
-        RECALLING.inc()
 
 
 class Metered:
@@ -124,6 +83,11 @@ class _Standing:
         yield _gauge("runs_going_on", "Agent runs that have a place.", min(inside, limit))
         yield _gauge("runs_waiting", "Agent runs that wait for a place.", max(0, inside - limit))
         yield _gauge("engine_ready", "Whether the engine answers.", services.engine.status == "ready")
+        if isinstance(services.engine, Replicas):
+            family = GaugeMetricFamily("nightschool_replica_ready", "Whether this engine serves.", labels=["url"])
+            for replica in services.engine.all:
+                family.add_metric([replica.url], replica.status == "ready")
+            yield family
         yield _gauge("engine_swapping", "Whether an adapter is being loaded.", services.residency.swapping)
         yield _gauge("index_ready", "Whether memory's index is whole.", services.index.state.startswith("ready"))
         yield _gauge("memory_items_active", "Items that can be recalled.", ledger.count_active())

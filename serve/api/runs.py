@@ -20,7 +20,7 @@ from memory.errors import ConflictError, NotFoundError
 from memory.escalations import Reason
 from memory.recall import NoMemory
 from memory.records import OutcomeSource, Purpose, StopReason, Task, Trajectory, new_id
-from serve import metrics, promotion
+from serve import counters, promotion
 from serve.api import openai_types as oai
 from serve.api.chat_tools import may_call, must_call
 from serve.api.conversations import predecessor
@@ -117,7 +117,7 @@ async def answer(
         await services.ledger.record(asked, trajectory)
     if failed and teacher is not None and emit is not None:
         teacher.afterwards(_for_the_night(services, teacher, task, trajectory, request))
-    metrics.ran(trajectory)
+    counters.ran(trajectory)
     return trajectory
 
 
