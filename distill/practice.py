@@ -68,6 +68,16 @@ class ArmFigures(BaseModel):
     """What the softmax began with: advantage, move, and the bonus for what was seldom tried."""
     chosen: int
 
+    @property
+    def why(self) -> str:
+        """The largest part of its score, in words."""
+        parts = {
+            "its tries end differently": self.advantage,
+            "its success has moved": self.moved,
+            "seldom tried": self.score - self.advantage - self.moved,
+        }
+        return max(parts, key=lambda part: parts[part]) if self.tries else "never tried"
+
 
 @dataclass(frozen=True)
 class Plan:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from evals.night_report import Learned, NightReport, Point, Recipe, Sample, Training
+from evals.night_report import Help, Learned, NightReport, Point, Practice, Recipe, Sample, TeacherHelp, Training
 from evals.page import STYLE, duration, gate_section, message_block, rates_section
 from evals.report import overall
 from evals.svg import Line, plot
@@ -30,6 +30,8 @@ def render_night(report: NightReport) -> str:
         _story(report),
         gate_section(report.night, report.gate) if report.gate else "",
         _learned(report.learned, report.dropped),
+        _practice(report.practice) if report.practice else "",
+        _teacher(report.teacher) if report.teacher else "",
         _recipes(report.recipes),
         _training(report.training) if report.training else "",
         _curve(report.curve),
@@ -74,6 +76,34 @@ def _learned(learned: Learned, dropped: dict[str, int]) -> str:
     if learned.elsewhere:
         told += f'<p class="soft">{learned.elsewhere} more examples belong to other tenants.</p>'
     return told + _table("", ("left out because", "examples"), list(dropped.items()))
+
+
+def _practice(practice: Practice) -> str:
+    hinted = f", {practice.hinted} of them for a user's hint" if practice.hinted else ""
+    told = (
+        f"<h2>Practice</h2><p>{practice.tasks} earlier tasks tried again{hinted}: {practice.successes} of "
+        f"{practice.tries} tries succeeded, in {practice.tokens} tokens. {practice.examples} examples came from it.</p>"
+    )
+    head = ("workload", "share", "because", "success before", "tasks", "tries", "succeeded", "tokens", "examples")
+    rows = [
+        (w.workload, f"{w.share:.0%}", w.why, f"{w.before:.0%}", w.tasks, w.tries, w.successes, w.tokens, w.examples)
+        for w in practice.workloads
+    ]
+    return told + _table("", head, rows)
+
+
+def _teacher(teacher: TeacherHelp) -> str:
+    head = ("of", "requests", "escalated", "rate", "predicted", "right", "in vain", "tokens", "dollars")
+    rows = [_help("all, since the night before", teacher.day)]
+    rows += [_help(f"gen-{helped.generation}", helped) for helped in teacher.generations]
+    return _table("The teacher's help", head, rows, "A generation's row is of all days up to this night.")
+
+
+def _help(name: str, helped: Help) -> tuple[str | int, ...]:
+    rate = "" if helped.rate is None else f"{helped.rate:.1%}"
+    cost = "" if helped.cost_usd is None else f"{helped.cost_usd:.4f}"
+    counts = (helped.predicted, helped.succeeded, helped.unanswered, helped.tokens)
+    return name, helped.requests, helped.escalated, rate, *counts, cost
 
 
 def _recipes(recipes: Sequence[Recipe]) -> str:

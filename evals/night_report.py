@@ -59,6 +59,61 @@ class Recipe(BaseModel):
     samples: list[Sample]
 
 
+class PractisedWorkload(BaseModel):
+    """What a workload was given of the night's practice, why, and what came of it."""
+
+    workload: str
+    share: float
+    """Of the tasks that the bandit chose."""
+    why: str
+    before: float
+    """Success until then, smoothed."""
+    tasks: int
+    tries: int
+    successes: int
+    tokens: int
+    examples: int
+    """That were made from its tries."""
+
+
+class Practice(BaseModel):
+    """The earlier tasks that the night tried again. Counts are of everybody; workloads are those whose tasks the
+    reader may know of."""
+
+    tasks: int
+    hinted: int
+    """Of the tasks: chosen for a user's hint, not by the bandit."""
+    tries: int
+    successes: int
+    tokens: int
+    examples: int
+    workloads: list[PractisedWorkload]
+
+
+class Help(BaseModel):
+    """How much of a teacher's help was needed, as `GET /v1/generations` counts it."""
+
+    generation: int | None
+    """None: all of them."""
+    requests: int
+    escalated: int
+    rate: float | None
+    predicted: int
+    unanswered: int
+    succeeded: int
+    tokens: int
+    cost_usd: float | None
+
+
+class TeacherHelp(BaseModel):
+    """The teacher's part in the days."""
+
+    day: Help
+    """Between the night before and this one."""
+    generations: list[Help]
+    """Each since it began, up to this night."""
+
+
 class Training(BaseModel):
     """The trainer's figures."""
 
@@ -111,6 +166,10 @@ class NightReport(BaseModel):
     recipes: list[Recipe]
     dropped: dict[str, int]
     """Reason -> examples left out."""
+    practice: Practice | None = None
+    """None for a night that did not practise."""
+    teacher: TeacherHelp | None = None
+    """None where no teacher was asked up to this night."""
     training: Training | None
     seconds: dict[str, float]
     """By stage."""

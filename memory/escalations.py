@@ -131,9 +131,14 @@ def all_escalations(database: Database, *, tenant: str | None = None) -> list[Es
     return [one for one in found if tenant in (None, one.tenant)]
 
 
-def figures(database: Database) -> list[EscalationFigures]:
-    """For each generation that something was taken from, by number; empty without any escalation."""
+def figures(database: Database, *, after: int = 0, upto: int | None = None) -> list[EscalationFigures]:
+    """For each generation that something was taken from, by number; empty without any escalation.
+
+    `after` and `upto`: the day between two nights' lines, as seqs of runs.
+    """
     c = escalations.c
+    # Begun behind a line is what saw the line's run as the newest one.
+    within = [c.run_seq >= after, *([c.run_seq < upto] if upto is not None else [])]
     answered = c.status == Status.ANSWERED
     untried = and_(c.reason == Reason.PREDICTED, c.status != Status.UNANSWERED)
     query = select(
@@ -147,8 +152,8 @@ def figures(database: Database) -> list[EscalationFigures]:
         func.sum(c.cost_usd).label("cost"),
     )
     with database.reading() as connection:
-        found = connection.execute(query.group_by(c.generation).order_by(c.generation)).all()
-        own = _own_requests(connection) if found else {}
+        found = connection.execute(query.where(*within).group_by(c.generation).order_by(c.generation)).all()
+        own = _own_requests(connection, after, upto) if found else {}
     return [
         EscalationFigures(
             generation=row.generation,
@@ -163,6 +168,12 @@ def figures(database: Database) -> list[EscalationFigures]:
         )
         for row in found
     ]
+
+
+def own_requests(database: Database, *, after: int, upto: int) -> dict[int, int]:
+    """Generation -> the requests of a day that it answered itself, or tried to."""
+    with database.reading() as connection:
+        return _own_requests(connection, after, upto)
 
 
 def _standing(escalation: Escalation) -> dict[str, Any]:
@@ -190,13 +201,14 @@ def _affordable(connection: Connection, budget: Budget) -> bool:
     return begun + 1 <= budget.share * (own + (unseen or 0) + 1)
 
 
-def _own_requests(connection: Connection) -> dict[int, int]:
-    """Generation -> the requests that it answered itself, or tried to."""
+def _own_requests(connection: Connection, after: int, upto: int | None) -> dict[int, int]:
     body = trajectories.c.body
     if connection.dialect.name == "sqlite":
         generation = func.json_extract(body, "$.generation")
     else:
         generation = func.json_extract_path_text(cast(body, JSON), "generation")
     query = select(generation.label("generation"), func.count().label("n"))
-    query = query.where(trajectories.c.purpose.in_(SERVED)).group_by(generation)
+    query = query.where(trajectories.c.purpose.in_(SERVED), trajectories.c.seq > after).group_by(generation)
+    if upto is not None:
+        query = query.where(trajectories.c.seq <= upto)
     return {int(row.generation): row.n for row in connection.execute(query)}

@@ -1,8 +1,8 @@
 """What a night would do now: what it would learn from what, what that would cost, and whether it would skip itself.
 
-Writes nothing: feedback is judged in memory, suites are frozen in a folder that goes away. Two things differ from
-the night itself: principles that it would distil first are not in the recalled blocks yet, and rehearsed answers
-are counted by their prompts.
+Writes nothing: feedback is judged in memory, suites are frozen in a folder that goes away. Three things differ from
+the night itself: principles that it would distil first are not in the recalled blocks yet, rehearsed answers are
+counted by their prompts, and what practice would add is not among the examples.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rich.table import Table
 from agent.prompts import compose
 from agent.verify import verify
 from distill.credit import credit
-from distill.dataset import build
+from distill.dataset import Dataset, build
 from distill.snapshot import Snapshot
 from memory.errors import NotEnoughExperienceError
 from memory.ledger import Ledger
@@ -32,6 +32,7 @@ from serve.stages.budget import foretold
 from serve.stages.dataset import replayed
 from serve.stages.material import DAYS, load_snapshot, snapshot
 from serve.stages.night_run import NightRun, Output
+from serve.stages.practice import chosen_for
 from serve.wiring import Services
 
 CHARS_PER_TOKEN = 4
@@ -50,6 +51,28 @@ class Cost(BaseModel):
     """All stages; None before the first night that trained."""
 
 
+class PracticeForetold(BaseModel):
+    """The earlier tasks that the night would try again, all tenants' together."""
+
+    budget: int
+    """Tasks that the bandit may choose (`night.practice`)."""
+    tasks: int
+    """Those to be tried, hinted ones included."""
+    hinted: int
+    tries: int
+    workloads: dict[str, int]
+    """Workload -> tasks that the bandit would choose."""
+
+
+class TeacherForetold(BaseModel):
+    """What a teacher's runs would contribute."""
+
+    runs: int
+    right: int
+    """Of the runs: a verifier, users or the settings vouch for them."""
+    examples: int
+
+
 class Estimate(BaseModel):
     """A dry run's result."""
 
@@ -65,6 +88,10 @@ class Estimate(BaseModel):
     """By recipe, replayed and rehearsed ones included."""
     dropped: dict[str, int]
     """Reason -> examples left out."""
+    practice: PracticeForetold | None = None
+    """None where nights do not practise."""
+    teacher: TeacherForetold | None = None
+    """None without a teacher and its runs."""
     cost: Cost
 
 
@@ -106,12 +133,24 @@ def print_estimate(found: Estimate, console: Console) -> None:
     for reason, count in found.dropped.items():
         table.add_row(f"[dim]left out: {reason}[/dim]", str(count))
     console.print(table)
+    if found.practice is not None:
+        console.print(_told_of_practice(found.practice), highlight=False, markup=False)
+    if (teacher := found.teacher) is not None:
+        told = f"the teacher: {teacher.runs} runs, {teacher.right} of them right, {teacher.examples} examples"
+        console.print(told, highlight=False)
     cost = found.cost
     basis = "as the last night's" if cost.measured else "by the length of the texts"
     console.print(f"about {cost.tokens} tokens ({basis})", highlight=False)
     if cost.train_seconds is not None and cost.night_seconds is not None:
         told = f"about {cost.train_seconds:.0f} s of training, {cost.night_seconds:.0f} s in all"
         console.print(told, highlight=False)
+
+
+def _told_of_practice(practice: PracticeForetold) -> str:
+    chosen = ", ".join(f"{count} of {workload}" for workload, count in practice.workloads.items())
+    hinted = f"{practice.hinted} for a user's hint" if practice.hinted else ""
+    told = ", ".join(part for part in (chosen, hinted) if part) or "none that can be judged"
+    return f"practice: {practice.tasks} tasks ({told}; budget {practice.budget}), {practice.tries} tries"
 
 
 def _estimated(run: NightRun, drawn: Output, snap: Snapshot) -> Estimate:
@@ -121,12 +160,13 @@ def _estimated(run: NightRun, drawn: Output, snap: Snapshot) -> Estimate:
     for judged in credit(said.values(), everyone, ledger.tasks(t.task_id for t in everyone), verify):
         standing = {"trust": judged.trust, "trust_reason": judged.reason}
         said[judged.feedback_id] = said[judged.feedback_id].model_copy(update=standing)
-    material = {t.id for t in [*snap.trajectories, *snap.begun, *snap.taught]}
-    heard = [f for f in said.values() if f.trajectory_id in material]
+    known = {t.id for t in [*snap.trajectories, *snap.begun, *snap.taught]}
+    heard = [f for f in said.values() if f.trajectory_id in known]
     # Zero, so that a night that is too small still shows what it has.
     config = settings.dataset.model_copy(update={"min_examples": 0})
     recipes = run.night.options.get("recipes") or recipes_with_teacher(settings.night.recipes, settings.teacher)
-    dataset = build(replace(snap, feedback=heard), recipes, services.memory, compose, config)
+    material = replace(snap, feedback=heard)
+    dataset = build(material, recipes, services.memory, compose, config)
     count, needed = sum(dataset.counts.values()), settings.night.min_examples
     again = replayed(run, snap, dataset.examples)
     cost = _cost(ledger, [*dataset.examples, *again], settings.night.rehearsal)
@@ -142,8 +182,31 @@ def _estimated(run: NightRun, drawn: Output, snap: Snapshot) -> Estimate:
         feedback=dict(sorted(Counter(f.trust.value for f in heard).items())),
         examples={**dataset.counts, "replay": len(again), "rehearsal": settings.night.rehearsal},
         dropped=dataset.dropped,
+        practice=_practice(run, material) if settings.night.practice else None,
+        teacher=_teacher(material, dataset) if settings.teacher.model is not None or material.taught else None,
         cost=cost,
     )
+
+
+def _practice(run: NightRun, material: Snapshot) -> PracticeForetold:
+    config = run.services.settings.night
+    chosen = chosen_for(run, material, config.practice)
+    workloads: Counter[str] = Counter()
+    for arm in chosen.arms:
+        workloads[arm.workload] += arm.chosen
+    tasks = len(chosen.tasks) + len(chosen.hinted)
+    return PracticeForetold(
+        budget=config.practice,
+        tasks=tasks,
+        hinted=len(chosen.hinted),
+        tries=tasks * config.practice_samples,
+        workloads={workload: count for workload, count in workloads.items() if count},
+    )
+
+
+def _teacher(material: Snapshot, dataset: Dataset) -> TeacherForetold:
+    right = sum(1 for _ in material.teacher_successes())
+    return TeacherForetold(runs=len(material.taught), right=right, examples=dataset.counts.get("teacher", 0))
 
 
 def _skipped(drawn: Output, reason: str) -> Estimate:

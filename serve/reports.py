@@ -5,16 +5,31 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
+from distill.practice import ArmFigures
 from evals.gate import GateDecision
 from evals.night_page import render_night
-from evals.night_report import Learned, NightReport, Point, Recipe, Sample, Training, Voice
+from evals.night_report import (
+    Help,
+    Learned,
+    NightReport,
+    Point,
+    Practice,
+    PractisedWorkload,
+    Recipe,
+    Sample,
+    TeacherHelp,
+    Training,
+    Voice,
+)
 from evals.page import write_page
 from evals.report import Gain, Measured, Row, build_report, build_row
+from memory import escalations
 from memory.ledger import Ledger
 from memory.lineage import feedback_by_id
 from memory.night_records import Evaluation, Generation, Night, NightStatus
-from memory.records import Example, Feedback, FeedbackKind
+from memory.records import Example, Feedback, FeedbackKind, Purpose
 
 SAMPLES = 3
 """Examples shown of each recipe."""
@@ -70,6 +85,8 @@ def night_report(ledger: Ledger, night: Night, model: str, *, tenant: str | None
         learned=learned,
         recipes=_recipes(examples, mine),
         dropped=outputs.get("dataset", {}).get("dropped", {}),
+        practice=_practice(ledger, outputs, examples, tenant) if "practice" in outputs else None,
+        teacher=_teacher(ledger, night, drawn["upto"]["trajectory"]) if "upto" in drawn else None,
         training=_training(trained) if trained else None,
         seconds={stage.stage: round(stage.seconds, 1) for stage in ledger.stages(night.id)},
     )
@@ -85,11 +102,12 @@ def write_night_report(ledger: Ledger, night: Night, folder: Path, model: str) -
 
 def _compared(ledger: Ledger, night: Night) -> tuple[list[Row], Gain | None]:
     """Champion and candidate, with memory, as the gate compared them, and the gain between the two."""
-    by_generation: dict[int, list[Evaluation]] = {}
+    by_generation: dict[int, dict[str, Evaluation]] = {}
     for evaluation in ledger.evaluations(night_id=night.id):
-        by_generation.setdefault(evaluation.generation, []).append(evaluation)
+        # A suite that was run again counts once.
+        by_generation.setdefault(evaluation.generation, {})[evaluation.suite] = evaluation
     wanted = [number for number in sorted(by_generation) if number in _pair(ledger, night)]
-    measured = [_measured(number, by_generation[number]) for number in wanted]
+    measured = [_measured(number, list(by_generation[number].values())) for number in wanted]
     if len({frozenset(e.suite_hash for e in m.held_out) for m in measured}) > 1:
         # A night that was stopped among its evaluations has nothing to compare.
         return [build_row(m) for m in measured], None
@@ -194,6 +212,76 @@ def _sample(example: Example) -> Sample:
         messages=[m for m in example.messages if m.get("role") != "system"],
         chosen=example.chosen,
         rejected=example.rejected,
+    )
+
+
+def _practice(
+    ledger: Ledger, outputs: dict[str, dict[str, Any]], examples: Sequence[Example], tenant: str | None
+) -> Practice:
+    """What was tried, by workload. The runs are those between the night's line and the end of the stage."""
+    stage, line = outputs["practice"], outputs["snapshot"]["upto"]["trajectory"]
+    runs = ledger.trajectories(after_seq=line, upto_seq=stage["upto"], purpose=Purpose.PRACTICE)
+    arm_of = {run.id: (run.tenant, run.workload) for run in runs}
+    behind = [{arm_of[id] for id in example.sources if id in arm_of} for example in examples]
+    tokens = {run.id: sum((s.prompt_tokens or 0) + (s.completion_tokens or 0) for s in run.steps) for run in runs}
+    arms = [ArmFigures.model_validate(arm) for arm in stage["arms"]]
+    chosen, tenants = sum(arm.chosen for arm in arms), {arm.tenant for arm in arms}
+    workloads: list[PractisedWorkload] = []
+    for arm in arms:
+        if tenant not in (None, arm.tenant):
+            continue
+        key = (arm.tenant, arm.workload)
+        mine = [run for run in runs if arm_of[run.id] == key]
+        workloads.append(
+            PractisedWorkload(
+                workload=f"{arm.workload} of {arm.tenant}" if tenant is None and len(tenants) > 1 else arm.workload,
+                share=arm.chosen / chosen if chosen else 0.0,
+                why=arm.why,
+                before=arm.success,
+                tasks=len({run.task_id for run in mine}),
+                tries=len(mine),
+                successes=sum(run.success for run in mine),
+                tokens=sum(tokens[run.id] for run in mine),
+                examples=sum(key in found for found in behind),
+            )
+        )
+    return Practice(
+        tasks=stage["tasks"],
+        hinted=stage["hinted"],
+        tries=stage["tries"],
+        successes=stage["successes"],
+        tokens=sum(tokens.values()),
+        examples=sum(bool(found) for found in behind),
+        workloads=workloads,
+    )
+
+
+def _teacher(ledger: Ledger, night: Night, line: int) -> TeacherHelp | None:
+    """The day's figures are those between the line of the night before and this one's."""
+    whole = escalations.figures(ledger.database, upto=line)
+    if not whole:
+        return None
+    earlier = [n for n in ledger.nights() if n.created_at < night.created_at]
+    lines = [drawn.output["upto"]["trajectory"] for n in earlier if (drawn := ledger.stage(n.id, "snapshot"))]
+    began = lines[-1] if lines else 0
+    day = escalations.figures(ledger.database, after=began, upto=line)
+    own = escalations.own_requests(ledger.database, after=began, upto=line)
+    requests = sum((own | {helped.generation: helped.requests for helped in day}).values())
+    known = [helped.cost_usd for helped in day if helped.cost_usd is not None]
+    escalated = sum(helped.escalated for helped in day)
+    return TeacherHelp(
+        day=Help(
+            generation=None,
+            requests=requests,
+            escalated=escalated,
+            rate=escalated / requests if requests else None,
+            predicted=sum(helped.predicted for helped in day),
+            unanswered=sum(helped.unanswered for helped in day),
+            succeeded=sum(helped.succeeded for helped in day),
+            tokens=sum(helped.tokens for helped in day),
+            cost_usd=sum(known) if known else None,
+        ),
+        generations=[Help.model_validate(helped.model_dump()) for helped in whole],
     )
 
 

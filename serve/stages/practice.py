@@ -10,18 +10,18 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from agent.run import run_task
 from agent.state import AgentDeps
 from distill.hints import Hinted, hints_of
 from distill.partings import Question
-from distill.practice import Choice, Plan, Try, plan
+from distill.practice import ArmFigures, Choice, Plan, Try, plan
 from distill.snapshot import Snapshot, judged_blindly
 from memory.errors import NotFoundError
 from memory.night_records import Generation
 from memory.records import Feedback, Purpose, StopReason, Task, Trajectory
-from serve import promotion
+from serve import counters, promotion
 from serve.stages.material import DAYS, load_snapshot
 from serve.stages.night_run import NightRun, Output
 from serve.wiring import Services
@@ -33,39 +33,51 @@ RECENT = 5000
 """Newest runs that are looked at, of the days and of earlier practice each."""
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """What a night practises."""
+
+    tasks: list[Task]
+    """By the bandit."""
+    arms: list[ArmFigures]
+    hinted: list[Task]
+    """Besides, for the hints on them."""
+    hints: dict[Question, list[Feedback]]
+
+
 def practise(run: NightRun) -> Output:
     """Choose by the bandit, try each task several times at a temperature, and say why these."""
-    services, ledger, settings = run.services, run.services.ledger, run.services.settings
-    upto = run.done("snapshot")["upto"]["trajectory"]
-    lived = ledger.trajectories(purpose=(*DAYS, Purpose.PRACTICE), upto_seq=upto, limit=RECENT, newest_first=True)
-    tasks = ledger.tasks(t.task_id for t in lived)
-    material = load_snapshot(run)
-    chosen = plan_of(
-        lived[::-1],
-        tasks,
-        material,
-        budget=run.night.options[PRACTICE],
-        samples=settings.night.practice_samples,
-        seed=settings.dataset.seed,
-    )
+    services, ledger = run.services, run.services.ledger
+    chosen = chosen_for(run, load_snapshot(run), run.night.options[PRACTICE])
     told = ", ".join(f"{arm.chosen} of {arm.workload}" for arm in chosen.arms if arm.chosen)
     arms = [arm.model_dump() for arm in chosen.arms]
-    run.emit(PRACTICE, f"{len(chosen.task_ids)} tasks to practise: {told or 'there is none'}", arms=arms)
+    run.emit(PRACTICE, f"{len(chosen.tasks)} tasks to practise: {told or 'there is none'}", arms=arms)
     champion = ledger.generation(run.done("snapshot")["champion"])
-    practised = [tasks[id] for id in chosen.task_ids]
-    hints = hints_of(material)
-    hinted = [t for t in _hinted(material, set(hints)) if t.id not in chosen.task_ids][: run.night.options[PRACTICE]]
-    tries = run.wait(_tried(run, services, champion, [*practised, *hinted], hints))
+    tries = run.wait(_tried(run, services, champion, [*chosen.tasks, *chosen.hinted], chosen.hints))
+    counters.practised(tries)
     won = sum(one.success for one in tries)
     run.emit(PRACTICE, f"{won} of {len(tries)} tries succeeded")
     return {
-        "tasks": len(practised) + len(hinted),
-        "hinted": len(hinted),
+        "tasks": len(chosen.tasks) + len(chosen.hinted),
+        "hinted": len(chosen.hinted),
         "tries": len(tries),
         "successes": won,
         "arms": arms,
         "upto": ledger.watermark()["trajectory"],
     }
+
+
+def chosen_for(run: NightRun, material: Snapshot, budget: int) -> Chosen:
+    """At most `budget` tasks by the bandit, and as many again for their hints."""
+    ledger, settings = run.services.ledger, run.services.settings
+    upto = run.done("snapshot")["upto"]["trajectory"]
+    lived = ledger.trajectories(purpose=(*DAYS, Purpose.PRACTICE), upto_seq=upto, limit=RECENT, newest_first=True)
+    tasks = ledger.tasks(t.task_id for t in lived)
+    samples, seed = settings.night.practice_samples, settings.dataset.seed
+    plan = plan_of(lived[::-1], tasks, material, budget=budget, samples=samples, seed=seed)
+    hints = hints_of(material)
+    hinted = [task for task in _hinted(material, set(hints)) if task.id not in plan.task_ids]
+    return Chosen([tasks[id] for id in plan.task_ids], plan.arms, hinted[:budget], hints)
 
 
 def plan_of(

@@ -13,7 +13,7 @@ from memory.records import Trust
 from memory.schema import metadata
 from serve.client import Client
 from serve.days import correct_value
-from serve.dry_run import Cost, Estimate, print_estimate
+from serve.dry_run import Cost, Estimate, PracticeForetold, TeacherForetold, print_estimate
 from serve.settings import Settings
 from serve.wiring import Services
 from tests.serve.fakes import running
@@ -61,6 +61,7 @@ def test_a_dry_run_says_what_the_night_then_does_and_writes_nothing(settings: Se
         assert made is not None
         assert said["examples"] == made.output["counts"]
         assert said["dropped"] == made.output["dropped"]
+        assert said["practice"] is said["teacher"] is None
         again = client.post(ESTIMATE, {})
         assert (again["would_skip"], again["cost"]["measured"]) == (True, True)
         with pytest.raises(ConfigError, match="no-such-recipe"):
@@ -81,6 +82,8 @@ def test_the_estimate_reads_on_one_screen() -> None:
         feedback={"trusted": 20, "quarantined": 4},
         examples={"corrections": 20, "rehearsal": 32},
         dropped={"held out": 3},
+        practice=PracticeForetold(budget=8, tasks=9, hinted=2, tries=36, workloads={"sums": 4, "gcd": 3}),
+        teacher=TeacherForetold(runs=5, right=4, examples=3),
         cost=cost,
     )
     console = Console(width=120, record=True)
@@ -92,6 +95,8 @@ def test_the_estimate_reads_on_one_screen() -> None:
         "20 trusted, 4 quarantined",
         "left out: held out",
         "90 s in all",
+        "9 tasks (4 of sums, 3 of gcd, 2 for a user's hint; budget 8), 36 tries",
+        "5 runs, 4 of them right, 3 examples",
     ):
         assert told in shown
     assert "would skip itself" in shown

@@ -17,13 +17,18 @@ import pytest
 
 from agent.llm import ChatRequest, ScriptedModel
 from agent.state import AgentDeps
+from evals.night_page import render_night
 from memory import escalations
 from memory.embed import load_embedder
 from memory.errors import ConfigError
-from memory.escalations import Reason, Status
+from memory.escalations import Budget, Escalation, Reason, Status
 from memory.ledger import Ledger
+from memory.night_records import Night, StageRun
 from memory.records import Outcome, OutcomeSource, Purpose, StopReason, Task, Trajectory
+from serve import promotion
+from serve.counters import COUNTED
 from serve.escalation import Teacher, TeacherConfig, recipes_with_teacher
+from serve.reports import night_report
 from serve.wiring import Services
 from tests.agent.fake_engine import FakeEngine, Refuses, Says
 from tests.memory import samples
@@ -77,6 +82,14 @@ def ask(url: str, text: str, task: dict[str, Any] = HARD, **fields: Any) -> Any:
         return list(reply) if fields.get("stream") else reply
 
 
+def counted() -> list[float]:
+    """Escalations of a failed own try that ended well, their tokens and their dollars, as Prometheus is told."""
+    of = {"generation": "0"}
+    wanted = {"s": of | {"reason": "failed", "outcome": "success"}, "_tokens": of, "_cost_dollars": of}
+    told = (COUNTED.get_sample_value(f"nightschool_escalation{name}_total", by) for name, by in wanted.items())
+    return [value or 0.0 for value in told]
+
+
 def runs_of(services: Services, text: str) -> dict[Purpose, Trajectory]:
     runs = services.ledger.trajectories()
     tasks = services.ledger.tasks(run.task_id for run in runs)
@@ -87,6 +100,7 @@ def test_a_failed_check_goes_to_the_teacher_whose_run_answers_and_is_marked(
     service: tuple[str, Services], oracle: FakeEngine
 ) -> None:
     url, services = service
+    before = counted()
     reply = ask(url, "What is six times seven?")
     assert reply.choices[0].message.content == "42"
     assert reply.nightschool["served_by"] == "teacher:openai/gpt-4o-mini"
@@ -109,6 +123,8 @@ def test_a_failed_check_goes_to_the_teacher_whose_run_answers_and_is_marked(
     assert figures.cost_usd > 0
     shown = httpx.get(f"{url}/v1/generations").json()["data"][0]
     assert shown["escalation"] == figures.model_dump(mode="json")
+    escalated, tokens, dollars = (now - then for now, then in zip(counted(), before, strict=True))
+    assert (escalated, tokens, dollars) == (1, 5, pytest.approx(figures.cost_usd))
 
 
 def test_what_the_own_model_can_do_costs_nothing(service: tuple[str, Services], oracle: FakeEngine) -> None:
@@ -195,6 +211,51 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
     opened = Ledger.open(f"sqlite:///{tmp_path}/ledger.db")
     yield opened
     opened.close()
+
+
+def helped(ledger: Ledger, reason: Reason, success: bool) -> None:
+    """A task that the teacher answered, for a cent."""
+    task = samples.task("How many moons has Mars?")
+    begun = Escalation(task_id=task.id, generation=0, reason=reason, teacher="openai/oracle")
+    assert escalations.begin(ledger.database, begun, Budget(share=1.0))
+    known = {"status": Status.ANSWERED, "success": success, "tokens": 50, "cost_usd": 0.01}
+    escalations.end(ledger.database, begun.model_copy(update=known))
+    ledger.add_run(task, samples.trajectory(task).model_copy(update={"purpose": Purpose.TEACHER}))
+
+
+def fell_asleep(ledger: Ledger) -> Night:
+    night = Night()
+    ledger.add_night(night)
+    drawn = {"champion": 0, "runs": 0, "upto": ledger.watermark()}
+    ledger.record_stage(StageRun(night_id=night.id, stage="snapshot", output=drawn, seconds=0.0))
+    return night
+
+
+def test_the_report_tells_the_help_of_the_day_and_of_each_generation(ledger: Ledger) -> None:
+    promotion.ensure_base(ledger, "m")
+    past(ledger, 3, success=True)
+    alone = fell_asleep(ledger)
+    past(ledger, 4, success=True)
+    helped(ledger, Reason.FAILED, success=True)
+    first = fell_asleep(ledger)
+    past(ledger, 2, success=True)
+    helped(ledger, Reason.PREDICTED, success=False)
+    second, third = fell_asleep(ledger), fell_asleep(ledger)
+    assert night_report(ledger, alone, "m").teacher is None
+    shown: list[list[tuple[int, int, int, int]]] = []
+    for night in (first, second, third):
+        told = night_report(ledger, night, "m").teacher
+        assert told is not None
+        rows = [told.day, *told.generations]
+        shown.append([(row.requests, row.escalated, row.predicted, row.succeeded) for row in rows])
+    assert shown == [[(4, 1, 0, 1), (7, 1, 0, 1)], [(3, 1, 1, 0), (10, 2, 1, 1)], [(0, 0, 0, 0), (10, 2, 1, 1)]]
+    report = night_report(ledger, second, "m")
+    assert report.teacher is not None
+    assert (report.teacher.day.rate, report.teacher.day.cost_usd) == (1 / 3, 0.01)
+    assert report.teacher.generations[0].cost_usd == pytest.approx(0.02)
+    page = render_night(report)
+    assert "The teacher&#x27;s help" in page
+    assert "33.3%" in page
 
 
 def teacher_of(ledger: Ledger, oracle: FakeEngine, **given: Any) -> Teacher:

@@ -9,11 +9,14 @@ import pytest
 
 from agent.llm import ChatRequest
 from distill.recipes.successes import successes
+from evals.night_page import render_night
 from memory.errors import LedgerError
 from memory.night_records import Night, NightStatus
 from memory.records import Outcome, OutcomeSource, Purpose, Task, Trajectory
+from serve import counters, dry_run
 from serve.events import read_events
 from serve.night import run_stage
+from serve.reports import night_report
 from serve.settings import NightConfig
 from serve.stages import STAGES, stages_of
 from serve.stages.material import load_snapshot, suites_of
@@ -68,6 +71,12 @@ def run_of(services: Services, night: Night) -> NightRun:
 
 def tries(services: Services) -> list[Trajectory]:
     return services.ledger.trajectories(purpose=Purpose.PRACTICE)
+
+
+def solved() -> float:
+    """Practised tasks that were solved, as Prometheus is told."""
+    labels = {"generation": "0", "outcome": "solved"}
+    return counters.COUNTED.get_sample_value("nightschool_practised_tasks_total", labels) or 0.0
 
 
 def test_the_champion_tries_judged_tasks_again_and_none_that_are_held_out(services: Services) -> None:
@@ -132,6 +141,41 @@ def test_the_recipes_read_the_practice_of_this_night_and_of_unpromoted_ones_only
     services.ledger.end_night(second.night.id, NightStatus.PROMOTED, ["test"], candidate=0)
     third = begun(services)
     assert not [t for t in load_snapshot(third).trajectories if t.purpose is Purpose.PRACTICE]
+
+
+def test_a_dry_run_foretells_practice_and_the_report_tells_what_came_of_it(services: Services) -> None:
+    ledger, taught = services.ledger, samples.task("What is 70 - 65?")
+    vouched = {"purpose": Purpose.TEACHER, "outcome": Outcome(score=1.0, by=OutcomeSource.VERIFIER)}
+    ledger.add_run(taught, samples.trajectory(taught).model_copy(update=vouched))
+    said = dry_run.estimate(services, {})
+    assert tries(services) == []
+    assert said.teacher is not None
+    assert (said.teacher.runs, said.teacher.right) == (1, 1)
+
+    before = solved()
+    run = begun(services)
+    run_stage(run.night.id, "practice")
+    made, output = tries(services), run.done("practice")
+    assert solved() - before == len({t.task_id for t in made if t.success})
+    assert said.practice is not None
+    assert (said.practice.budget, said.practice.tasks, said.practice.tries) == (TASKS, TASKS, len(made))
+    assert said.practice.workloads == {arm["workload"]: arm["chosen"] for arm in output["arms"] if arm["chosen"]}
+
+    named = [samples.example(taught).model_copy(update={"id": f"ex_{id}", "sources": [id]}) for id in (made[0].id, "x")]
+    ledger.add_examples(run.night.id, named)
+    report = night_report(ledger, run.night, "m")
+    told = report.practice
+    assert told is not None
+    spent = sum((s.prompt_tokens or 0) + (s.completion_tokens or 0) for t in made for s in t.steps)
+    won = sum(t.success for t in made)
+    assert (told.tasks, told.tries, told.successes, told.tokens) == (TASKS, len(made), won, spent)
+    assert told.examples == 1
+    assert sum(row.share for row in told.workloads) == pytest.approx(1.0)
+    for name in ("tasks", "tries", "successes", "tokens", "examples"):
+        assert sum(getattr(row, name) for row in told.workloads) == getattr(told, name)
+    assert "Practice" in render_night(report)
+    others = night_report(ledger, run.night, "m", tenant="rival").practice
+    assert others == told.model_copy(update={"workloads": []})
 
 
 def test_a_night_of_an_older_version_keeps_its_steps() -> None:
