@@ -97,17 +97,19 @@ class Snapshot:
         return outcome_of(trajectory, self.said_of(trajectory))
 
     def corrections(self, of: Trajectory | None = None) -> Iterator[tuple[Trajectory, Task, Feedback, list[Message]]]:
-        """The trusted corrections (of one run), each with the whole run it stands for."""
+        """The trusted corrections (of one run), each with the whole run it stands for. One that its author took back
+        by another answer to the same question is left out, on whichever run that came."""
         for trajectory in [*self.trajectories, *self.taught] if of is None else [of]:
             task = self.tasks.get(trajectory.task_id)
             if task is None:
                 continue
             for feedback in corrections_of(trajectory, self.said_of(trajectory)):
-                try:
-                    yield trajectory, task, feedback, corrected_run(feedback.value, task, callable_tools(trajectory))
-                except ValueError:
-                    # `credit` rejects these; one trusted by hand in spite of it has nothing to show.
+                run = _usable(feedback, task, trajectory)
+                if run is None:
                     continue
+                answer = _plain(answer_of(run))
+                if self._last_answers.get((task.tenant, task.fingerprint, feedback.voice), answer) == answer:
+                    yield trajectory, task, feedback, run
 
     def own_successes(self) -> Iterator[tuple[Trajectory, Task, Outcome]]:
         """The runs that ended in an answer with full marks, by a verifier of answers or by users: an operator, or
@@ -168,6 +170,21 @@ class Snapshot:
                 if task is not None and score >= 0.5:
                     found[_answer_key(trajectory, task)].add(voice)
         return dict(found)
+
+    @cached_property
+    def _last_answers(self) -> dict[tuple[str, str, str], str]:
+        """(tenant, task fingerprint, voice) -> the answer of its newest trusted correction."""
+        runs = {t.id: t for t in [*self.trajectories, *self.taught]}
+        last: dict[tuple[str, str, str], str] = {}
+        for said in sorted(self.feedback, key=_by_time):
+            trajectory = runs.get(said.trajectory_id)
+            task = self.tasks.get(trajectory.task_id) if trajectory else None
+            if trajectory is None or task is None or said.kind is not FeedbackKind.CORRECTION:
+                continue
+            run = _usable(said, task, trajectory)
+            if run is not None:
+                last[task.tenant, task.fingerprint, said.voice] = _plain(answer_of(run))
+        return last
 
     @cached_property
     def _feedback_by_run(self) -> dict[str, list[Feedback]]:
@@ -251,7 +268,20 @@ def score_of(value: Any) -> float | None:
 
 
 def _answer_key(trajectory: Trajectory, task: Task) -> tuple[str, str, str]:
-    return task.tenant, task.fingerprint, " ".join((trajectory.answer or "").split()).casefold()
+    return task.tenant, task.fingerprint, _plain(trajectory.answer or "")
+
+
+def _plain(answer: str) -> str:
+    return " ".join(answer.split()).casefold()
+
+
+def _usable(said: Feedback, task: Task, trajectory: Trajectory) -> list[Message] | None:
+    """The run that a correction stands for. `credit` rejects one that has none; it may be trusted by hand all the
+    same, and has nothing to show."""
+    try:
+        return corrected_run(said.value, task, callable_tools(trajectory))
+    except ValueError:
+        return None
 
 
 def _by_time(feedback: Feedback) -> tuple[float, str]:

@@ -77,6 +77,16 @@ def test_of_one_authors_corrections_the_last_word_counts():
     assert corrections_of(run, [last, other, first]) == [other, last]
 
 
+def test_a_changed_mind_on_another_run_of_the_question_takes_the_first_word_back():
+    one, again = task(1, reference=None), task(1, reference=None, id="task_again")
+    first, second = trajectory(one, [say("?")], score=None), trajectory(again, [say("?")], score=None)
+    poems = [correction(first, "Three"), correction(second, "two", created_at=at(5))]
+    others = [correction(first, "TWO", "bob"), correction(second, "2", "cleo", created_at=at(9))]
+    material = snapshot((one, first), (again, second), said=[*poems, *others])
+    taught = {(said.author, said.value) for _, _, said, _ in material.corrections()}
+    assert taught == {("ann", "two"), ("bob", "TWO"), ("cleo", "2")}
+
+
 @pytest.mark.parametrize(("value", "score"), [(True, 1.0), (0.5, 0.5), (2, None), ("1", None), (float("nan"), None)])
 def test_a_score_is_a_boolean_or_a_number_between_0_and_1(value, score):
     assert score_of(value) == score
