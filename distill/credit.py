@@ -39,9 +39,10 @@ def credit(
 ) -> list[Judgement]:
     """Judge the quarantined feedback, in the order of its ids; what was decided before stays.
 
-    A correction: the task's verifier decides with full marks (trusted) or zero (rejected); otherwise
-    it is trusted from an operator (author starting with "operator", or in `operators`) or when a
-    second named voice gives the same answer to the same question, and else stays quarantined.
+    A correction: the task's verifier decides with full marks (trusted) or zero (rejected), unless the
+    corrector is the user who asked and so sent the yardstick along. Otherwise it is trusted from an operator
+    (author starting with "operator", or in `operators`) or when a second named voice gives the same answer to
+    the same question, and else stays quarantined.
     A score: trusted as a verdict, unless it contradicts the task's verifier; what it praises is taught only once
     somebody else does too (`Snapshot.own_successes`). A hint or a preference: an operator's
     only. A comment is kept and never teaches.
@@ -95,7 +96,7 @@ def _judge_correction(
         answer = answer_of(corrected_run(said.value, task, callable_tools(trajectory)))
     except ValueError as exc:
         return Trust.REJECTED, f"not a usable correction: {exc}"
-    outcome = _verdict(task, answer, verify)
+    outcome = None if _asked(said, task) else _verdict(task, answer, verify)
     if outcome is not None and outcome.success:
         return Trust.TRUSTED, "the task's verifier gives its answer full marks"
     if outcome is not None and outcome.score <= 0.0:
@@ -118,6 +119,12 @@ def _judge_score(said: Feedback, trajectory: Trajectory) -> tuple[Trust, str]:
     if (score >= 0.5) == (outcome.score >= 0.5):
         return Trust.TRUSTED, "the task's verifier agrees"
     return Trust.REJECTED, f"the task's verifier says {outcome.score:g}"
+
+
+def _asked(said: Feedback, task: Task) -> bool:
+    """Whether the author is whom the request names as its user: its reference and verifier are the same voice."""
+    names = {said.author, said.author.partition("/")[2]} - {""}
+    return bool(names & {task.user, task.safety_identifier})
 
 
 def _verdict(task: Task, answer: str, verify: Verify) -> Outcome | None:

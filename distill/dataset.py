@@ -51,7 +51,8 @@ class DatasetConfig(BaseModel):
     max_per_cluster: int = Field(default=16, ge=1)
     """Examples of one kind for questions that are nearly the same."""
     max_per_author: int = Field(default=128, ge=1)
-    """Examples resting on one author's feedback, in absolute numbers: nobody can drown the others."""
+    """Examples resting on one author's feedback, or on nobody's and one named user's requests, in absolute numbers:
+    nobody can drown the others."""
     max_per_workload: int = Field(default=2000, ge=1)
     """Examples of one kind of one workload."""
     min_examples: int = Field(default=8, ge=1)
@@ -248,6 +249,7 @@ def _capped(
         workload = (example.kind.value, example.tenant, example.workload)
         cluster = (example.kind.value, example.tenant, leaders[said[example.task_id]])
         its_authors = {authors[source] for source in example.sources if source in authors}
+        its_authors = its_authors or _asker(snapshot.tasks[example.task_id])
         if rank >= config.max_per_task:
             dropped["over max_per_task"] += 1
         elif of_cluster[cluster] >= config.max_per_cluster:
@@ -262,6 +264,12 @@ def _capped(
             of_cluster[cluster] += 1
             chosen.append(example)
     return chosen
+
+
+def _asker(task: Task) -> set[tuple[str, str]]:
+    """Who asked, for what rests on nobody's feedback: the reference that judged it came with the request."""
+    name = task.safety_identifier or task.user
+    return {(task.tenant, name)} if name else set()
 
 
 def _asked(task: Task) -> str:

@@ -35,6 +35,14 @@ def test_a_correction_that_the_verifier_refutes_is_rejected_even_an_operators():
     assert verdict(task(1), "3", "operator") == (Trust.REJECTED, "the task's verifier gives its answer zero")
 
 
+@pytest.mark.parametrize("author", ["ann", "key:shop/ann", "app:shop/ann"])
+@pytest.mark.parametrize("field", ["user", "safety_identifier"])
+def test_whoever_sent_the_reference_does_not_corroborate_a_correction_with_it(author: str, field: str):
+    hers = task(1, reference="poison", **{field: "ann"})
+    assert verdict(hers, "poison", author)[0] is Trust.QUARANTINED
+    assert verdict(hers, "poison", "bob")[0] is Trust.TRUSTED
+
+
 def test_without_a_verifier_one_users_correction_stays_quarantined_and_an_operators_is_trusted():
     assert verdict(OPEN, "2")[0] is Trust.QUARANTINED
     assert verdict(OPEN, "2", "operator:mia")[0] is Trust.TRUSTED

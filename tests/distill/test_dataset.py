@@ -157,6 +157,16 @@ def test_the_same_snapshot_in_any_order_gives_the_same_bytes(tmp_path_factory, r
     assert files(shuffle=True) == files(shuffle=False)
 
 
+def test_a_named_users_own_references_are_capped_like_an_authors_words():
+    tasks = [task(n, user="ann" if n < 30 else "bob") for n in range(40)]
+    runs = [trajectory(t, solve(n)) for n, t in enumerate(tasks)]
+    material = snapshot(*zip(tasks, runs, strict=True))
+    config = DatasetConfig(max_per_author=12, max_per_cluster=1000, min_examples=1, recalled=False)
+    dataset = build(material, ["successes"], NoMemory(), compose, config)
+    users = Counter(material.tasks[e.task_id].user for e in dataset.examples)
+    assert users == {"ann": 12, "bob": 10}
+
+
 def test_a_thousand_corrections_of_one_author_do_not_drown_the_others():
     poison, honest = corrected(range(1000), "eve"), corrected(range(2000, 2020), "ann")
     material = Snapshot(
