@@ -175,17 +175,64 @@ def past_runs(snapshot: Snapshot, existing: Iterable[PastRun] = ()) -> list[Past
 
     The best of a question is one that shows its work with the offered tools, then the shortest. Ids
     come from the content and a question that `existing` already has is left out, so a second call adds
-    nothing. Held-out tasks, tasks that lean on earlier turns of a conversation, and runs that looked something up
-    are left out.
+    nothing; unless a trusted correction newer than all of its runs gives an answer that none of them has. Held-out
+    tasks, tasks that lean on earlier turns of a conversation, and runs that looked something up are left out.
     """
-    taken = {(r.tenant, r.workload, _squeeze(r.question)) for r in existing}
-    found: defaultdict[tuple[str, str, str], list[tuple[tuple[object, ...], PastRun]]] = defaultdict(list)
+    found, corrected = _offered(snapshot)
+    taken = _by_question(existing)
+    best = {key: min(offers, key=lambda pair: pair[0])[1] for key, offers in found.items() if key not in taken}
+    for key, said in corrected.items():
+        known = taken.get(key, [])
+        if known and all(
+            not r.pinned and r.created_at < said.created_at and _answer(r) != _answer(said) for r in known
+        ):
+            best[key] = said
+    return [best[key] for key in sorted(best)]
 
-    def offer(trajectory: Trajectory, task: Task, run: list[Message], source: str, at: datetime) -> None:
+
+def contradicted(snapshot: Snapshot, existing: Iterable[PastRun]) -> list[PastRun]:
+    """The past runs whose answer a newer trusted correction of their question contradicts. A pinned one stands."""
+    _, corrected = _offered(snapshot)
+    return [
+        run
+        for key, known in _by_question(existing).items()
+        if (said := corrected.get(key)) is not None
+        for run in known
+        if _outdates(said, run)
+    ]
+
+
+_Question = tuple[str, str, str]
+"""(tenant, workload, what is asked)"""
+
+
+def _by_question(runs: Iterable[PastRun]) -> dict[_Question, list[PastRun]]:
+    found: defaultdict[_Question, list[PastRun]] = defaultdict(list)
+    for run in runs:
+        found[run.tenant, run.workload, _squeeze(run.question)].append(run)
+    return dict(found)
+
+
+def _outdates(said: PastRun, run: PastRun) -> bool:
+    return not run.pinned and said.created_at > run.created_at and _answer(run) != _answer(said)
+
+
+def _answer(run: PastRun) -> str:
+    return _squeeze(answer_of(run.messages)).casefold()
+
+
+def _offered(
+    snapshot: Snapshot,
+) -> tuple[dict[_Question, list[tuple[tuple[object, ...], PastRun]]], dict[_Question, PastRun]]:
+    """(question -> all that could be shown for it, each with its order; question -> its newest correction)"""
+    found: defaultdict[_Question, list[tuple[tuple[object, ...], PastRun]]] = defaultdict(list)
+    corrected: dict[_Question, PastRun] = {}
+
+    def offer(trajectory: Trajectory, task: Task, run: list[Message], source: str, at: datetime) -> PastRun | None:
         asked = task_messages(task)
         standing_alone = len(asked) == 1 and asked[0].get("role") == "user" and not looked_up(run)
         if not standing_alone or snapshot.held_out_reason(task):
-            return
+            return None
         messages = [{"role": "user", "content": text_of(asked[0])}, *run]
         past = PastRun(
             id=f"run_{content_hash([task.tenant, task.workload, messages])[:32]}",
@@ -198,15 +245,18 @@ def past_runs(snapshot: Snapshot, existing: Iterable[PastRun] = ()) -> list[Past
         )
         order = (by_usefulness(run, trajectory.tools), source)
         found[task.tenant, task.workload, _squeeze(past.question)].append((order, past))
+        return past
 
     for trajectory, task, _ in chain(snapshot.own_successes(), snapshot.teacher_successes()):
         run = run_of(trajectory, task)
         if run is not None:
             offer(trajectory, task, run, trajectory.id, trajectory.started_at)
     for trajectory, task, feedback, run in snapshot.corrections():
-        offer(trajectory, task, run, feedback.id, feedback.created_at)
-    best = {key: min(offers, key=lambda pair: pair[0])[1] for key, offers in found.items() if key not in taken}
-    return [best[key] for key in sorted(best)]
+        past = offer(trajectory, task, run, feedback.id, feedback.created_at)
+        if past is not None:
+            key = (past.tenant, past.workload, _squeeze(past.question))
+            corrected[key] = max(corrected.get(key, past), past, key=lambda run: (run.created_at, run.id))
+    return dict(found), corrected
 
 
 def gives_away(text: str, snapshot: Snapshot, trajectory: Trajectory, task: Task) -> bool:

@@ -8,12 +8,13 @@ from agent.llm import ChatRequest
 from agent.verify import verify
 from distill.credit import credit
 from distill.equivalence import MAX_TOKENS
-from distill.principles import Ask, DistilReport, distill_principles, past_runs
+from distill.principles import Ask, DistilReport, contradicted, distill_principles, past_runs
 from distill.snapshot import Snapshot
 from evals.suites import Suite
 from memory.forget import must_start_from_base
+from memory.items import RECALLABLE
 from memory.night_records import NightStatus
-from memory.records import Purpose, Trajectory
+from memory.records import MemoryStatus, Purpose, Trajectory
 from serve import lessons, promotion
 from serve.stages.night_run import NightRun, Output
 from serve.suites import night_suites
@@ -135,9 +136,15 @@ def remember(run: NightRun) -> Output:
             return found, await lessons.keep_principles(services, found.principles, ask(MAX_TOKENS))
 
     report, kept = run.wait(distil())
-    runs = past_runs(snap, services.ledger.past_runs())
+    known = services.ledger.past_runs()
+    runs = past_runs(snap, known)
     for past_run in runs:
         services.ledger.add_past_run(past_run)
+    newer = "a newer trusted correction of its question gives another answer"
+    outdated = {old.id: newer for old in contradicted(snap, known)}
+    for old in known:
+        if old.id in outdated and old.status in RECALLABLE and not old.pinned:
+            services.ledger.set_memory_status(old.id, MemoryStatus.RETIRED, outdated[old.id])
     moved = lessons.review_items(services, champion.number)
     told = f"{kept['added']} principles ({kept['merged']} merged), {len(runs)} runs remembered"
     run.emit("principles", told, dropped=report.dropped, moved=moved)

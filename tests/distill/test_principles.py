@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distill.parse import MAX_TEXT, SHAPE, Draft, Flaw, parse_principle
-from distill.principles import DistilReport, distill_principles, past_runs
+from distill.principles import DistilReport, contradicted, distill_principles, past_runs
 from distill.snapshot import Snapshot
 from memory.errors import ModelError
-from memory.records import FeedbackKind, Principle, PrincipleKind, StopReason, Trust
+from memory.records import FeedbackKind, MemoryStatus, Principle, PrincipleKind, StopReason, Trust
 from tests.distill.samples import (
     SYSTEM,
     at,
@@ -321,6 +321,28 @@ def test_a_night_that_is_run_again_adds_no_past_run_twice():
     assert past_runs(material, first) == []
     used = [run.model_copy(update={"uses": 3, "successes": 2}) for run in first]
     assert past_runs(material, used) == []
+
+
+def test_a_newer_trusted_correction_takes_the_place_of_the_run_that_it_contradicts():
+    (old,) = past_runs(snapshot((ONE, trajectory(ONE, solve(1)))))
+    again = ONE.model_copy(update={"id": "task_again"})
+    failed = trajectory(again, [say("2")], score=None)
+
+    def corrected_to(answer: str, seconds: int) -> Snapshot:
+        return snapshot((again, failed), said=[correction(failed, answer, created_at=at(seconds))])
+
+    (new,) = past_runs(corrected_to("3", 9), [old])
+    assert (new.messages[-1], contradicted(corrected_to("3", 9), [old, new])) == (say("3"), [old])
+    assert past_runs(corrected_to("3", 9), [old, new]) == [], "a night that is run again adds nothing"
+    retired = old.model_copy(update={"status": MemoryStatus.RETIRED})
+    assert past_runs(corrected_to("3", 9), [retired]) == [new], "neither does a retired one keep the place"
+    pinned = old.model_copy(update={"pinned": True})
+    for material, known in (
+        (corrected_to("2", 9), old),
+        (corrected_to("3", -9), old),
+        (corrected_to("3", 9), pinned),
+    ):
+        assert (past_runs(material, [known]), contradicted(material, [known])) == ([], [])
 
 
 def test_a_run_that_leans_on_earlier_turns_is_not_shown_on_its_own():
