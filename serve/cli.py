@@ -122,6 +122,29 @@ def feedback(
 
 
 @app.command()
+def trust(
+    context: typer.Context,
+    feedback_id: Annotated[str, typer.Argument(metavar="FEEDBACK", help="fb_…, as `nightschool feedback` printed it")],
+    why: Annotated[str, typer.Option(help="the reason, kept beside it")],
+    reject: Annotated[bool, typer.Option("--reject", help="it must not teach (any more)")] = False,
+    tenant: Annotated[str, typer.Option(help="whose it is")] = "default",
+) -> None:
+    """Let a word teach that nothing else supports yet, or with --reject keep it from teaching."""
+    from memory import approvals
+    from memory.records import Trust
+    from serve.api.auth import OPERATOR
+    from serve.wiring import open_ledger
+
+    ledger = open_ledger(_settings(context))
+    try:
+        chosen = Trust.REJECTED if reject else Trust.TRUSTED
+        said = approvals.decide(ledger.database, feedback_id, chosen, why, tenant=tenant, by=OPERATOR)
+    finally:
+        ledger.close()
+    out.print(f"{said.id}  {said.kind}  {said.trust} ({said.trust_reason})")
+
+
+@app.command()
 def night(
     context: typer.Context,
     recipes: Annotated[str | None, typer.Option(help="comma-separated, instead of the settings'")] = None,

@@ -344,6 +344,7 @@ REPLIES: dict[tuple[str, str], type[BaseModel]] = {
     ("get", "/v1/keys"): Page[KeyBody],
     ("delete", "/v1/keys/{key_id}"): KeyBody,
     ("post", "/v1/feedback"): Record,
+    ("post", "/v1/feedback/{feedback_id}/trust"): Record,
     ("get", "/v1/memory/items"): Page[MemoryItem],
     ("post", "/v1/memory/items"): MemoryItem,
     ("get", "/v1/memory/items/{item_id}"): MemoryDetail,

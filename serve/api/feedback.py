@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from distill.runs import corrected_run
+from memory import approvals
 from memory.errors import ConflictError, NotFoundError
 from memory.ledger import Ledger
-from memory.records import Feedback, FeedbackKind, Message, Trajectory, content_hash
+from memory.records import Feedback, FeedbackKind, Message, Trajectory, Trust, content_hash
 from serve.api.auth import OPERATOR, Caller, InsufficientScopeError, Scope, caller_of, requires, signature
 from serve.api.errors import FieldError
 from serve.api.openai_types import RESPONSE_PREFIX
@@ -62,6 +63,15 @@ class FeedbackRequest(About):
         if author is not None and author.casefold().startswith((OPERATOR, "key:")):
             raise ValueError(f"author names that begin with {OPERATOR!r} or 'key:' are reserved for the service's own")
         return author
+
+
+class TrustRequest(BaseModel):
+    """`POST /v1/feedback/{feedback_id}/trust`: what becomes of a word, and why."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    trust: Literal["trusted", "rejected"]
+    reason: str = Field(min_length=1, max_length=1000)
 
 
 def runs_of(ledger: Ledger, about: About, tenant: str) -> list[Trajectory]:
@@ -244,6 +254,17 @@ async def give_feedback(body: FeedbackRequest, request: Request) -> dict[str, An
     author = signature(caller, body.author)
     stored = await asyncio.to_thread(store_feedback, services.ledger, body, tenant=caller.tenant, author=author)
     return feedback_object(stored)
+
+
+@router.post("/v1/feedback/{feedback_id}/trust", dependencies=[requires(Scope.OPERATE)])
+async def decide_trust(feedback_id: str, body: TrustRequest, request: Request) -> dict[str, Any]:
+    """Let a word of the caller's tenant teach, or keep it from teaching (any more)."""
+    services, caller = request.app.state.services, caller_of(request)
+    who = {"tenant": caller.tenant, "by": caller.name}
+    database = services.ledger.database
+    return feedback_object(
+        await asyncio.to_thread(approvals.decide, database, feedback_id, Trust(body.trust), body.reason, **who)
+    )
 
 
 @router.get("/v1/feedback")

@@ -17,7 +17,7 @@ from distill.uploads import read_upload
 from memory import files
 from memory.errors import LedgerError, boundary
 from memory.night_records import NightStatus
-from memory.records import Example, Message, Task
+from memory.records import Example, Message, Task, Trust
 from serve import promotion
 from serve.escalation import recipes_with_teacher
 from serve.stages.material import load_snapshot
@@ -88,18 +88,22 @@ def _base_answer(services: Services) -> Answer:
 
 def replayed(run: NightRun, snap: Snapshot, new: Sequence[Example]) -> list[Example]:
     """Earlier nights' examples to train on beside `new` ones, of nights that the champion comes from. A question that
-    has examples today is not replayed: today's word on it is the later one. When the night starts from the base model,
+    has examples today is not replayed: today's word on it is the later one. Nor is what rests on a word that was
+    rejected since. When the night starts from the base model,
     all runs are new again, and only what uploaded files taught is replayed, all of it."""
     ledger, settings = run.services.ledger, run.services.settings
     line = promotion.ancestry(ledger)
     past = [n for n in ledger.nights() if n.status is NightStatus.PROMOTED and n.candidate in line]
     earlier = [example for night in past for example in ledger.examples(night.id) if example.recipe != RECIPE]
     tasks = ledger.tasks({example.task_id for example in [*earlier, *new]})
+    rejected = {said.id for said in ledger.feedback() if said.trust is Trust.REJECTED}
     today = {(e.tenant, tasks[e.task_id].fingerprint) for e in new if e.task_id in tasks}
     allowed = [
         e
         for e in earlier
-        if (e.tenant, tasks[e.task_id].fingerprint) not in today and snap.held_out_reason(tasks[e.task_id]) is None
+        if not rejected & set(e.sources)
+        and (e.tenant, tasks[e.task_id].fingerprint) not in today
+        and snap.held_out_reason(tasks[e.task_id]) is None
     ]
     if starts_from(run) == "base":
         return list({e.id: e for e in allowed if e.recipe == UPLOADED}.values())

@@ -14,7 +14,7 @@ from evals.suites import Suite
 from memory.forget import must_start_from_base
 from memory.items import RECALLABLE
 from memory.night_records import NightStatus
-from memory.records import MemoryStatus, Purpose, Trajectory
+from memory.records import MemoryStatus, Purpose, Trajectory, Trust
 from serve import lessons, promotion
 from serve.stages.night_run import NightRun, Output
 from serve.suites import night_suites
@@ -140,8 +140,10 @@ def remember(run: NightRun) -> Output:
     runs = past_runs(snap, known)
     for past_run in runs:
         services.ledger.add_past_run(past_run)
+    rejected = {said.id for said in services.ledger.feedback() if said.trust is Trust.REJECTED}
     newer = "a newer trusted correction of its question gives another answer"
     outdated = {old.id: newer for old in contradicted(snap, known)}
+    outdated |= {old.id: "the word behind it was rejected" for old in known if rejected & set(old.sources)}
     for old in known:
         if old.id in outdated and old.status in RECALLABLE and not old.pinned:
             services.ledger.set_memory_status(old.id, MemoryStatus.RETIRED, outdated[old.id])

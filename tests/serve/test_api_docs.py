@@ -49,6 +49,7 @@ def test_every_endpoint_is_in_the_table(method: str, path: str) -> None:
         fine_tuning.JobRequest,
         fine_tuning.DpoHyperparameters,
         feedback.FeedbackRequest,
+        feedback.TrustRequest,
         generations.EvaluationRequest,
         generations.PromotionRequest,
         keys.KeyRequest,

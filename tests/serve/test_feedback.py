@@ -265,6 +265,37 @@ def test_a_malformed_word_in_the_metadata_is_refused_before_the_run(
     assert len(service[1].ledger.trajectories()) == runs
 
 
+def test_an_operator_decides_about_a_word_and_what_was_decided_has_its_trace(tmp_path: Path) -> None:
+    with running(settings_in(tmp_path, server=ServerConfig(keys=True)), pupil) as (url, services):
+        database = services.ledger.database
+        scopes = [Scope.CHAT, Scope.FEEDBACK]
+
+        def headers(name: str, *more: Scope, tenant: str = "default") -> dict[str, str]:
+            key = mint(database, ApiKey(name=name, tenant=tenant, scopes=[*scopes, *more]))
+            return {"Authorization": f"Bearer {key}"}
+
+        ann, mia, rival = headers("ann"), headers("mia", Scope.OPERATE), headers("eve", Scope.OPERATE, tenant="rival")
+        asked = {"model": "nightschool", "messages": [{"role": "user", "content": "What is 1 + 2?"}]}
+        reply = httpx.post(f"{url}/v1/chat/completions", json=asked, headers=ann, timeout=60).json()["id"]
+        word = {"response_id": reply, "kind": "hint", "value": "Use the tool."}
+        said = httpx.post(f"{url}/v1/feedback", json=word, headers=ann).json()["id"]
+
+        def decide(by: dict[str, str], trust: str, about: str = said) -> httpx.Response:
+            body = {"trust": trust, "reason": "I asked her."}
+            return httpx.post(f"{url}/v1/feedback/{about}/trust", json=body, headers=by)
+
+        tries = [(ann, "trusted", said), (rival, "trusted", said), (mia, "quarantined", said), (mia, "trusted", "fb_x")]
+        assert [decide(*each).status_code for each in tries] == [403, 404, 400, 404]
+        line = services.ledger.watermark()["feedback"]
+        for trust in ("trusted", "rejected"):
+            decided = decide(mia, trust).json()
+            assert (decided["id"], decided["trust"], decided["trust_reason"]) == (said, trust, "key:mia: I asked her.")
+        behind = services.ledger.feedback(after_seq=line)
+        assert [(f.kind, f.author, f.trajectory_id) for f in behind] == [
+            ("comment", "key:mia", reply.removeprefix("chatcmpl-"))
+        ] * 2
+
+
 def test_a_key_without_the_scope_brings_no_word_along_either(tmp_path: Path) -> None:
     settings = settings_in(tmp_path, server=ServerConfig(keys=True))
     with running(settings, pupil) as (url, services):

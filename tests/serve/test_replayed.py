@@ -11,14 +11,16 @@ from typing import Any
 import pytest
 
 from distill.snapshot import Snapshot
+from memory import approvals
 from memory.ledger import Ledger
 from memory.night_records import Evaluation, Generation, GenerationStatus, Night, NightStatus, TaskOutcome
-from memory.records import Example, ExampleKind, Task
+from memory.records import Example, ExampleKind, Task, Trust
 from serve import promotion
 from serve.settings import NightConfig
 from serve.stages.dataset import replayed
 from serve.stages.night_run import NightRun
 from serve.wiring import open_ledger
+from tests.memory import samples
 from tests.serve.fakes import settings_in
 
 WORKLOADS = ("sums", "words")
@@ -120,3 +122,17 @@ def test_from_the_base_model_uploaded_lessons_are_taught_again_all_of_them(ledge
     ledger.promote(3, why="better", by="night")
     ledger.end_night("night_3", NightStatus.PROMOTED, [], candidate=3, report_path=None)
     assert drawn_tonight(ledger, tmp_path, [], train_from="base") == [lesson]
+
+
+def test_what_rests_on_a_word_that_was_rejected_since_is_not_replayed(ledger: Ledger, tmp_path: Path) -> None:
+    task = samples.task("planted")
+    run = samples.trajectory(task)
+    said = samples.feedback(run)
+    ledger.add_run(task, run)
+    ledger.add_feedback(said)
+    planted = Example(recipe="corrections", kind=ExampleKind.SFT, task_id=task.id, messages=[], sources=[said.id])
+    ledger.add_examples("night_1", [planted])
+    new = [Example(recipe="successes", kind=ExampleKind.SFT, task_id=f"new_{n}", messages=[]) for n in range(32)]
+    assert planted in drawn_tonight(ledger, tmp_path, new, replay_share=4.0)
+    approvals.decide(ledger.database, said.id, Trust.REJECTED, "it is wrong", tenant=task.tenant, by="operator")
+    assert planted not in drawn_tonight(ledger, tmp_path, new, replay_share=4.0)
