@@ -15,6 +15,7 @@ from memory.errors import ConfigError, NotEnoughExperienceError
 from memory.night_records import Night, NightStatus
 from serve import dry_run, promotion
 from serve.api.auth import Caller, Scope, caller_of, requires
+from serve.api.night_views import decision_for, event_for, own_workloads, reasons_for, sees_all
 from serve.events import read_events
 from serve.night import NightSchool
 from serve.since import moment
@@ -128,18 +129,22 @@ class JobRequest(BaseModel):
         return {"method": kind, "hyperparameters": {k: v for k, v in given.model_dump().items() if v != "auto"}}
 
 
-def job_object(services: Services, night: Night) -> dict[str, Any]:
+def job_object(services: Services, night: Night, caller: Caller) -> dict[str, Any]:
     """OpenAI's `fine_tuning.job`. `succeeded` means that there is a generation and the gate gave its word on it;
-    `nightschool.status` says which."""
+    `nightschool.status` says which. Only the caller's own workloads are named."""
     status = STATUS[night.status]
     ended_well = status == "succeeded" and night.candidate is not None
-    decided = services.ledger.stage(night.id, "decide")
+    reasons, decision = night.reasons, decision_of(services, night)
+    if not sees_all(caller):
+        own = own_workloads(services.ledger, caller.tenant, night.id)
+        reasons = reasons_for(reasons, decision, own)
+        decision = decision_for(decision, own) if decision else None
     trained = services.ledger.stage(night.id, "train")
     kind = night.options.get("method", "supervised")
     given = night.options.get("hyperparameters", {})
     auto = {"n_epochs": "auto", "batch_size": "auto", "learning_rate_multiplier": "auto"}
     hyperparameters = auto | ({"beta": "auto"} if kind == "dpo" else {}) | given
-    error = {"code": night.status, "message": "; ".join(night.reasons), "param": None}
+    error = {"code": night.status, "message": "; ".join(reasons), "param": None}
     return {
         "id": night.id,
         "object": "fine_tuning.job",
@@ -163,12 +168,18 @@ def job_object(services: Services, night: Night) -> dict[str, Any]:
         "nightschool": {
             "status": night.status,
             "candidate": night.candidate,
-            "reasons": night.reasons,
-            "report": night.report_path,
-            "decision": decided.output if decided else None,
+            "reasons": reasons,
+            "report": night.report_path if sees_all(caller) else None,
+            "decision": decision,
             "stages": {s.stage: round(s.seconds, 1) for s in services.ledger.stages(night.id)},
         },
     }
+
+
+def decision_of(services: Services, night: Night) -> dict[str, Any] | None:
+    """What the gate said, whole; None for a night that did not get there."""
+    decided = services.ledger.stage(night.id, "decide")
+    return decided.output if decided else None
 
 
 def _parts(request: Request) -> tuple[Services, NightSchool]:
@@ -203,7 +214,7 @@ async def create_job(body: JobRequest, request: Request) -> dict[str, Any]:
     services, nights = _parts(request)
     options = await asyncio.to_thread(_options, services, caller_of(request), body)
     night = await asyncio.to_thread(nights.start, options)
-    return job_object(services, night)
+    return job_object(services, night, caller_of(request))
 
 
 def owned_night(services: Services, caller: Caller, job_id: str) -> Night:
@@ -253,14 +264,14 @@ async def list_jobs(
     ]
     if after is not None:
         nights = nights[next((i for i, night in enumerate(nights, 1) if night.id == after), len(nights)) :]
-    data = [job_object(services, night) for night in nights[:limit]]
+    data = [job_object(services, night, caller_of(request)) for night in nights[:limit]]
     return {"object": "list", "data": data, "has_more": len(nights) > limit}
 
 
 @router.get("/v1/fine_tuning/jobs/{job_id}")
 async def retrieve_job(job_id: str, request: Request) -> dict[str, Any]:
     services, _ = _parts(request)
-    return job_object(services, _mine(services, request, job_id))
+    return job_object(services, _mine(services, request, job_id), caller_of(request))
 
 
 @router.post("/v1/fine_tuning/jobs/{job_id}/cancel")
@@ -269,7 +280,7 @@ async def cancel_job(job_id: str, request: Request) -> dict[str, Any]:
     services, nights = _parts(request)
     _mine(services, request, job_id)
     await asyncio.to_thread(nights.cancel, job_id)
-    return job_object(services, services.ledger.night(job_id))
+    return job_object(services, services.ledger.night(job_id), caller_of(request))
 
 
 def _event_id(job_id: str, seq: int) -> str:
@@ -293,9 +304,12 @@ async def job_events(
     order: Literal["asc", "desc"] = "desc",
 ) -> dict[str, Any]:
     """Events, newest first as OpenAI lists them; a watcher asks for `order=asc` and what came `after` the last."""
-    services, _ = _parts(request)
-    _mine(services, request, job_id)
+    services, caller = request.app.state.services, caller_of(request)
+    night = _mine(services, request, job_id)
     events = await asyncio.to_thread(read_events, services.settings.night_dir(job_id))
+    if not sees_all(caller):
+        own, decision = own_workloads(services.ledger, caller.tenant, job_id), decision_of(services, night)
+        events = [event_for(event, caller.tenant, decision, own) for event in events]
     if order == "desc":
         events.reverse()
     if after is not None:

@@ -12,9 +12,10 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from agent.llm import ChatRequest
+from evals.gate import GateConfig, decide
 from memory import keys
 from memory.night_records import Evaluation, Generation, GenerationStatus, Night, NightStatus, StageRun, TaskOutcome
-from memory.records import Example, ExampleKind, Feedback, FeedbackKind, StopReason, Task, Trajectory
+from memory.records import Example, ExampleKind, Feedback, FeedbackKind, Purpose, StopReason, Task, Trajectory
 from serve import metrics
 from serve.api.dashboard import page
 from serve.events import emitter
@@ -269,6 +270,48 @@ def test_what_hostile_runs_say_stays_text_in_the_page(service: tuple[str, Servic
     assert not {"script", "img"} & set(found.tags)
     assert not [name for name, _ in found.attributes if name.startswith("on")]
     assert "&lt;script&gt;alert(1)" in reply.text
+
+
+def test_a_key_hears_of_its_own_tenants_workloads_only(service: tuple[str, Services, Night], key: str) -> None:
+    url, services, _ = service
+    ledger, night, outcomes = services.ledger, Night(), []
+    ledger.add_night(night)
+    for tenant, workload in ((TENANT, "our maps"), ("rival", "their secret")):
+        task = Task(messages=[{"role": "user", "content": f"{workload}?"}], tenant=tenant, workload=workload)
+        run = Trajectory(
+            task_id=task.id, tenant=tenant, generation=0, model="base", messages=task.messages,
+            stop_reason=StopReason.ANSWER, purpose=Purpose.EVAL,
+        )  # fmt: skip
+        ledger.add_task(task)
+        ledger.add_trajectory(run)
+        outcomes.append(TaskOutcome(key=task.id, workload=workload, score=0.0, trajectory_id=run.id))
+    measured = [
+        Evaluation(
+            suite="held", suite_hash="k", role="held_out", generation=number, memory=True,
+            outcomes=[o.model_copy(update={"score": 1.0 - number}) for o in outcomes], seconds=1.0, night_id=night.id,
+        )
+        for number in (0, 1)
+    ]  # fmt: skip
+    for evaluation in measured:
+        ledger.add_evaluation(evaluation)
+    decision = decide([(measured[0], measured[1])], [], GateConfig(min_tasks=1)).model_dump(mode="json")
+    assert {row["workload"] for row in decision["table"]} == {None, "our maps", "their secret"}
+    decision["reasons"].append("Warning: on held-out workload 'their secret' success fell.")
+    for stage, output in {"snapshot": {"champion": 0}, "evaluate": {"generations": [0, 1]}, "decide": decision}.items():
+        ledger.record_stage(StageRun(night_id=night.id, stage=stage, output=output, seconds=1.0))
+    emit = emitter(services.settings.night_dir(night.id))
+    emit("decide", "reject", reasons=decision["reasons"])
+    emit("evaluate", "phrases that tonight's examples answer too much alike", phrases=["their secret"])
+    arms = [{"tenant": TENANT, "workload": "our maps"}, {"tenant": "rival", "workload": "their secret"}]
+    emit("practice", "2 tasks to practise: 1 of our maps, 1 of their secret", arms=arms)
+    ledger.end_night(night.id, NightStatus.REJECTED, decision["reasons"], report_path="/srv/data/report.html")
+    job = f"{url}/v1/fine_tuning/jobs/{night.id}"
+    for path in (job, f"{url}/v1/nights/{night.id}/report", f"{job}/events"):
+        mine, whole = get(path, key).text, get(path, OPERATOR_TOKEN).text
+        assert "their secret" in whole
+        assert "their secret" not in mine
+        assert "our maps" in mine
+        assert "/srv/data" not in mine
 
 
 def test_a_night_that_skipped_itself_has_a_report_too(service: tuple[str, Services, Night], key: str) -> None:
