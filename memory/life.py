@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import select
@@ -17,6 +18,7 @@ from memory.database import Database
 from memory.items import RECALLABLE, Item
 from memory.records import MemoryStatus, Principle
 from memory.schema import items as items_table
+from memory.schema import outbox
 from memory.uplift import Count, Exposure, uplift
 
 
@@ -105,3 +107,14 @@ def review(database: Database, generation: int, rule: LifeConfig, *, tenant: str
                 items.set_status(connection, item.id, *decided)
                 moves.append(Move(item.id, *decided))
     return moves
+
+
+def bring_back(database: Database, since: datetime, why: str) -> list[str]:
+    """Show again what all tenants' prompts did without since then; returns the ids."""
+    changed = select(outbox.c.item_id).where(outbox.c.at >= int(since.timestamp()))
+    left = items_table.c.status == MemoryStatus.INTERNALISED, items_table.c.id.in_(changed)
+    with database.writing() as connection:
+        ids = list(connection.execute(select(items_table.c.id).where(*left)).scalars())
+        for item_id in ids:
+            items.set_status(connection, item_id, MemoryStatus.ACTIVE, why)
+    return ids

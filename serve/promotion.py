@@ -12,6 +12,7 @@ from contextlib import suppress
 from typing import Any
 
 from agent.state import ModelRef
+from memory import life
 from memory.errors import ConfigError, ConflictError, NotFoundError, UnknownModelError
 from memory.ledger import Ledger
 from memory.night_records import Generation, GenerationStatus, Promotion
@@ -96,6 +97,7 @@ async def promote(
         raise ConflictError(f"generation {number} was rejected by the gate and cannot be promoted")
     await residency.ensure(generation)
     promotion = ledger.promote(number, why=why, by=by, expected_from=champion.number, evidence=evidence)
+    _remind(ledger, number)
     residency.settle(generation, champion, *_canary(ledger))
     return promotion
 
@@ -127,6 +129,14 @@ async def begin_canary(
     begun = ledger.begin_canary(number, share, why=why, by=by)
     residency.settle(champion, begun)
     return begun
+
+
+def _remind(ledger: Ledger, number: int) -> None:
+    """What left the prompt since a generation served last was learned by those after it: it needs that again."""
+    log = ledger.promotions()
+    left = [p.at for p in log if p.from_generation == number]
+    if left and number in {0, *(p.to_generation for p in log[:-1])}:
+        life.bring_back(ledger.database, left[-1], f"generation {number} serves again")
 
 
 def _check_unchanged(champion: Generation, expected: int | None) -> None:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from memory import items
 from memory.errors import ConflictError, NotFoundError
 from memory.ledger import Ledger
 from memory.night_records import Generation, GenerationStatus
+from memory.records import MemoryStatus
 from serve import promotion
+from tests.memory import samples
 from tests.serve.fakes import FakeResidency
 
 
@@ -68,6 +72,23 @@ def test_rolling_back_twice_goes_two_steps_back_and_then_says_there_is_no_more(l
     with pytest.raises(ConflictError, match="nothing to roll back"):
         back()
     assert [p.to_generation for p in ledger.promotions()] == [1, 2, 1, 0]
+
+
+def test_what_later_generations_did_without_comes_back_with_an_earlier_one(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    earlier, later = samples.principle("Count the letters."), samples.principle("Name the unit.")
+    promote(ledger, 1)
+    with monkeypatch.context() as long_ago:
+        long_ago.setattr(items, "time", SimpleNamespace(time=lambda: 1000.0))
+        ledger.add_principle(earlier)
+        ledger.set_memory_status(earlier.id, MemoryStatus.INTERNALISED, "generation 1")
+    ledger.add_principle(later)
+    promote(ledger, 2)
+    ledger.set_memory_status(later.id, MemoryStatus.INTERNALISED, "generation 2")
+    promote(ledger, 1)
+    standing = {p.id: p.status for p in ledger.principles()}
+    assert standing == {earlier.id: MemoryStatus.INTERNALISED, later.id: MemoryStatus.ACTIVE}
 
 
 def test_a_canary_judged_against_another_champion_gets_no_users(ledger: Ledger) -> None:
