@@ -87,7 +87,7 @@ class Suite(BaseModel):
     @property
     def hash(self) -> str:
         """sha256 of what is asked and how it is judged; ids, times and tenants do not matter."""
-        return content_hash([[t.key, _content(t.task)] for t in self.tasks])
+        return content_hash([[t.key, t.task.content] for t in self.tasks])
 
     @property
     def fingerprints(self) -> frozenset[str]:
@@ -149,7 +149,7 @@ def tool_validity_suite(per_family: int = 3, seed: int = 70_003, exclude: frozen
 
 def frozen_task(task: Task) -> Task:
     """The task under an id that follows from its content, so that it is one record however often it is built."""
-    digest = content_hash([task.tenant, task.source, _content(task)])
+    digest = content_hash([task.tenant, task.source, task.content])
     return task.model_copy(update={"id": f"task_{digest[:32]}", "created_at": FROZEN_AT})
 
 
@@ -189,10 +189,6 @@ def load_suite(path: Path) -> Suite:
             f"{str(frozen)[:12]}): restore it, or save it under a new name"
         )
     return suite
-
-
-def _content(task: Task) -> dict[str, Any]:
-    return task.model_dump(mode="json", include={"workload", "messages", "tools", "reference", "verifier"})
 
 
 def _gym_tasks(

@@ -1,8 +1,8 @@
 """Forgetting: everything of a tenant, or of one user of a tenant, deleted everywhere, and what learned from it named.
 
-Owns which rows are whose, the traces they left in other rows (a recalled run in somebody else's prompt, an example
-in a night) and the tombstone, which holds numbers and never data. Files are `memory.scrub`'s; the index is
-rebuilt by its keeper.
+Owns what is done to rows, to the traces they left in other rows (a recalled run in somebody else's prompt, an example
+in a night) and the tombstone, which holds numbers and never data. Which they are is `memory.traces`', files are
+`memory.scrub`'s; the index is rebuilt by its keeper.
 
 First the files, then all rows in one transaction, then the free pages: whoever is interrupted asks again, and
 `finish` does the last part at the next start. What cannot be taken back are weights: the generations that saw
@@ -14,8 +14,7 @@ API keys stay: they are access, not data. So do a tenant's name and its nights' 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -23,27 +22,21 @@ from typing import Any
 from pydantic import Field
 from sqlalchemy import Connection, Table, delete, select, update
 
-from memory import documents, nights, rows
+from memory import nights, rows
 from memory.database import Database
 from memory.errors import ConflictError
 from memory.items import MODELS, Item
-from memory.library import one_line
 from memory.night_records import Evaluation, Generation, NightStatus
 from memory.records import (
     LOOKED_UP,
     RECALLED,
     Example,
-    Feedback,
     MemoryKind,
     MemoryStatus,
-    PastRun,
-    Principle,
     Record,
-    Task,
     Trajectory,
     new_id,
     now,
-    text_of,
 )
 from memory.schema import (
     batch_lines,
@@ -69,15 +62,7 @@ from memory.schema import (
 from memory.schema import documents as documents_table
 from memory.schema import nights as nights_table
 from memory.scrub import Needles, scrub_checkpoints, scrub_folder
-
-SHORTEST = 8
-"""A shorter text ("42", "yes") is nobody's own: it is looked for by its record's id only."""
-
-SHORTEST_ANSWER = 24
-"""The same for what the agent said, which repeats itself more."""
-
-SHOWN = 39
-"""Characters of a passage that every run showed that it was shown to: no excerpt may be set shorter."""
+from memory.traces import REHEARSAL, Traces, gather, without_sentences
 
 ENDED_BATCHES = ("failed", "completed", "expired", "cancelled")
 GONE = "[forgotten]"
@@ -94,31 +79,13 @@ class Forgotten(Record):
     """Table -> rows deleted; `cleared` counts rows of others from which a trace was taken."""
     files: list[str] = Field(default_factory=list)
     """Files of the data folder that were changed or removed."""
+    left: list[str] = Field(default_factory=list)
+    """Suites that hold such a text and were left: the operator's own."""
     nights: list[str] = Field(default_factory=list)
     """Nights that trained on it."""
     generations: list[int] = Field(default_factory=list)
     """Generations that learned from it, and those that were trained on from them."""
     at: datetime = Field(default_factory=now)
-
-
-@dataclass
-class _Traces:
-    """Whose rows are to go, by id, and the words to look for elsewhere."""
-
-    tenant: str
-    user: str | None
-    tasks: set[str] = field(default_factory=set[str])
-    runs: set[str] = field(default_factory=set[str])
-    feedback: set[str] = field(default_factory=set[str])
-    items: set[str] = field(default_factory=set[str])
-    documents: set[str] = field(default_factory=set[str])
-    chunks: set[str] = field(default_factory=set[str])
-    texts: set[str] = field(default_factory=set[str])
-    shown: list[Item] = field(default_factory=list[Item])
-
-    def needles(self) -> Needles:
-        ids = self.tasks | self.runs | self.feedback | self.items | self.documents | self.chunks
-        return Needles(ids, self.texts)
 
 
 def forget(database: Database, data_dir: Path, *, tenant: str, user: str | None = None, by: str) -> Forgotten:
@@ -130,26 +97,26 @@ def forget(database: Database, data_dir: Path, *, tenant: str, user: str | None 
     """
     with database.reading() as connection:
         _check_quiet(connection, tenant)
-        before = _gather(connection, tenant, user)
-    touched = scrub_folder(data_dir, needles) if (needles := before.needles()) else []
+        before = gather(connection, tenant, user)
+    touched, left = scrub_folder(data_dir, before.wanted()) if before.needles() else ([], [])
     with database.writing() as connection:
         if connection.dialect.name == "sqlite":
             connection.exec_driver_sql("PRAGMA secure_delete=ON")
         _check_quiet(connection, tenant)
-        traces = _gather(connection, tenant, user)
+        traces = gather(connection, tenant, user, before)
         counts, learned, unlinked = _delete(connection, traces, data_dir)
         seen = _generations_of(connection, learned)
         record = Forgotten(tenant=tenant, user=user, by=by, counts=counts, nights=sorted(learned), generations=seen)
-        record = record.model_copy(update={"files": sorted({*touched, *unlinked})})
+        record = record.model_copy(update={"files": sorted({*touched, *unlinked}), "left": left})
         rows.add(connection, forgotten, record, "forgetting", {"id": record.id}, tenant=tenant, finished=False)
     for name in unlinked:
         (data_dir / name).unlink(missing_ok=True)
     if traces.needles():
         # What was asked between the look and the deletion has left its traces too.
-        late = scrub_folder(data_dir, traces.needles())
+        late, left = scrub_folder(data_dir, traces.wanted())
         scrub_checkpoints(data_dir / "checkpoints.sqlite", traces.needles())
-        if late:
-            record = record.model_copy(update={"files": sorted({*record.files, *late})})
+        if late or left != record.left:
+            record = record.model_copy(update={"files": sorted({*record.files, *late}), "left": left})
             with database.writing() as connection:
                 rows.put(connection, forgotten, record, {"id": record.id})
     finish(database)
@@ -199,39 +166,7 @@ def _check_quiet(connection: Connection, tenant: str) -> None:
         raise ConflictError(f"batch {batch} of tenant {tenant!r} is not over: wait for it or cancel it")
 
 
-def _gather(connection: Connection, tenant: str, user: str | None) -> _Traces:
-    traces = _Traces(tenant, user)
-    for task in rows.read(connection, Task, select(tasks.c.body).where(tasks.c.tenant == tenant)):
-        if user is None or user in (task.user, task.safety_identifier):
-            traces.tasks.add(task.id)
-            traces.texts.update(_said(task.messages, "user"))
-    for run in _of(connection, trajectories, Trajectory, trajectories.c.task_id, traces.tasks):
-        traces.runs.add(run.id)
-        traces.texts.update(_said(run.own_messages, "user"))
-        traces.texts.update(t for t in _said(run.own_messages, "assistant") if len(t) >= SHORTEST_ANSWER)
-    for said in rows.read(connection, Feedback, select(feedback.c.body).where(feedback.c.tenant == tenant)):
-        if user in (None, said.author) or said.trajectory_id in traces.runs:
-            traces.feedback.add(said.id)
-            traces.texts.update(t for t in _strings(said.value) if len(t) >= SHORTEST)
-    made_from = traces.runs | traces.feedback
-    for row in connection.execute(select(items.c.kind, items.c.body).where(items.c.tenant == tenant)):
-        item: Item = rows.load(MODELS[MemoryKind(row.kind)], row.body)
-        of_task = isinstance(item, PastRun) and item.task_id in traces.tasks
-        if user is None or of_task or made_from & set(item.sources):
-            traces.items.add(item.id)
-            traces.shown.append(item)
-            said_by_item = [item.text] if isinstance(item, Principle) else _said(item.messages, "user")
-            traces.texts.update(t for t in said_by_item if len(t) >= SHORTEST)
-    for document, its_chunks in documents.of_user(connection, tenant, user):
-        traces.documents.add(document.id)
-        for chunk in its_chunks:
-            traces.chunks.add(chunk.id)
-            spelled = chunk.text, one_line(chunk.text)[:SHOWN]
-            traces.texts.update(t for t in spelled if len(t) >= SHORTEST_ANSWER)
-    return traces
-
-
-def _delete(connection: Connection, traces: _Traces, data_dir: Path) -> tuple[dict[str, int], set[str], list[str]]:
+def _delete(connection: Connection, traces: Traces, data_dir: Path) -> tuple[dict[str, int], set[str], list[str]]:
     """Rows deleted by table, the nights that had trained on some of them, and the files to unlink."""
     counts: Counter[str] = Counter()
     needles = traces.needles()
@@ -259,14 +194,14 @@ def _delete(connection: Connection, traces: _Traces, data_dir: Path) -> tuple[di
     return {name: n for name, n in counts.items() if n}, learned, unlinked
 
 
-def _forget_examples(connection: Connection, traces: _Traces, needles: Needles, counts: Counter[str]) -> set[str]:
+def _forget_examples(connection: Connection, traces: Traces, needles: Needles, counts: Counter[str]) -> set[str]:
     """Examples made from what goes, or showing it in their prompt; returns their nights."""
     gone = traces.runs | traces.feedback
     learned: set[str] = set()
     doomed: list[int] = []
     for row in connection.execute(select(examples.c.seq, examples.c.night_id, examples.c.body)):
         example = rows.load(Example, row.body)
-        if example.tenant != traces.tenant:
+        if example.tenant != traces.tenant or example.recipe == REHEARSAL:
             continue
         own = traces.user is None or example.task_id in traces.tasks or bool(gone & set(example.sources))
         if own or needles.among(row.body.encode()):
@@ -278,27 +213,26 @@ def _forget_examples(connection: Connection, traces: _Traces, needles: Needles, 
     return learned
 
 
-def _clear_others(connection: Connection, traces: _Traces, counts: Counter[str]) -> None:
-    """Runs of others in the tenant that were shown an item or a passage that goes: the run stays, what was shown does
-    not."""
-    if not traces.items | traces.documents or traces.user is None:
+def _clear_others(connection: Connection, traces: Traces, counts: Counter[str]) -> None:
+    """Runs of others in the tenant that were shown an item, a passage or a hint that goes: the run stays, what was
+    shown does not."""
+    if not traces.shown or traces.user is None:
         return
     query = select(trajectories.c.body).where(trajectories.c.tenant == traces.tenant)
     for run in rows.read(connection, Trajectory, query):
-        shown = {item.id for item in run.recalled} | {passage.document_id for passage in run.consulted}
-        if run.id in traces.runs or not (traces.items | traces.documents) & shown:
+        if run.id in traces.runs or not traces.showed(run):
             continue
         messages = [
             {"role": m["role"], "content": GONE, "name": RECALLED}
             if m.get("name") == RECALLED
             else {**m, "content": GONE}
             if m.get("name") == LOOKED_UP
-            else _without_lines(m, traces.shown)
+            else without_sentences(m, traces.sentences)
             for m in run.messages
         ]
         # The prompt's token ids spell the same words.
         steps = [step.model_copy(update={"prompt_token_ids": None}) for step in run.steps]
-        kept = [item for item in run.recalled if item.id not in traces.items]
+        kept = [item for item in run.recalled if item.id not in traces.shown]
         left = [passage for passage in run.consulted if passage.document_id not in traces.documents]
         changed = {"messages": messages, "steps": steps, "recalled": kept, "consulted": left}
         cleared = run.model_copy(update=changed)
@@ -306,15 +240,7 @@ def _clear_others(connection: Connection, traces: _Traces, counts: Counter[str])
         counts["cleared"] += 1
 
 
-def _without_lines(message: dict[str, Any], shown: list[Item]) -> dict[str, Any]:
-    if message.get("role") != "system":
-        return message
-    words = [item.text for item in shown if isinstance(item, Principle)]
-    lines = [line for line in text_of(message).splitlines() if not any(text in line for text in words)]
-    return {**message, "content": "\n".join(lines)}
-
-
-def _clear_evaluations(connection: Connection, traces: _Traces, counts: Counter[str]) -> None:
+def _clear_evaluations(connection: Connection, traces: Traces, counts: Counter[str]) -> None:
     """Exams that asked what goes keep their scores and lose the answers."""
     for evaluation in rows.read(connection, Evaluation, select(evaluations.c.body)):
         if not traces.runs & {o.trajectory_id for o in evaluation.outcomes}:
@@ -327,7 +253,7 @@ def _clear_evaluations(connection: Connection, traces: _Traces, counts: Counter[
         counts["cleared"] += 1
 
 
-def _revive(connection: Connection, traces: _Traces) -> None:
+def _revive(connection: Connection, traces: Traces) -> None:
     """An item that was merged into one that goes, and owes nothing to what goes, stands for itself again."""
     if traces.user is None:
         return
@@ -342,7 +268,7 @@ def _revive(connection: Connection, traces: _Traces) -> None:
 
 
 def _forget_bulk(
-    connection: Connection, traces: _Traces, needles: Needles, data_dir: Path, counts: Counter[str]
+    connection: Connection, traces: Traces, needles: Needles, data_dir: Path, counts: Counter[str]
 ) -> list[str]:
     """Batches, files and idempotent replies; returns the files to unlink."""
     mine = select(batches.c.id).where(batches.c.tenant == traces.tenant)
@@ -386,23 +312,5 @@ def _generations_of(connection: Connection, night_ids: set[str]) -> list[int]:
     return sorted(found)
 
 
-def _of(connection: Connection, table: Table, model: type[rows.R], column: Any, ids: Iterable[str]) -> Iterator[rows.R]:
-    for part in rows.chunks(ids):
-        yield from rows.read(connection, model, select(table.c.body).where(column.in_(part)))
-
-
 def _delete_by(connection: Connection, table: Table, column: Any, ids: Iterable[str]) -> int:
     return sum(connection.execute(delete(table).where(column.in_(part))).rowcount for part in rows.chunks(ids))
-
-
-def _said(messages: Iterable[dict[str, Any]], role: str) -> list[str]:
-    return [t for m in messages if m.get("role") == role and len(t := text_of(m).strip()) >= SHORTEST]
-
-
-def _strings(value: Any) -> Iterator[str]:
-    """Every text inside a free-form value."""
-    if isinstance(value, str):
-        yield value.strip()
-    elif isinstance(value, dict | list):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _strings(part)

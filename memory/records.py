@@ -121,6 +121,11 @@ class Task(Record):
         said = [(m.get("role"), " ".join(text_of(m).split())) for m in self.messages]
         return content_hash(said)
 
+    @property
+    def content(self) -> dict[str, Any]:
+        """What is asked and how it is judged: suites are frozen by its hash."""
+        return self.model_dump(mode="json", include={"workload", "messages", "tools", "reference", "verifier"})
+
 
 def text_of(message: Message) -> str:
     """The plain text of a message whose content is a string or OpenAI content parts."""

@@ -265,12 +265,14 @@ def forget(
     from serve.api.auth import OPERATOR
     from serve.api.memory import forgotten_object
 
+    if user == "":
+        raise ConfigError("--user names nobody: give a name, or leave it out to forget the whole tenant")
     whose = f"all data of tenant {tenant!r}" if user is None else f"all data of user {user!r} of tenant {tenant!r}"
     if not yes:
         typer.confirm(f"Delete {whose} for good?", abort=True)
     with ledger_of(context) as (settings, ledger), _service(settings) as client:
         if client is not None:
-            done = client.post("/v1/memory/forget", {"tenant": tenant} | ({"user": user} if user else {}))
+            done = client.post("/v1/memory/forget", {"tenant": tenant} | ({} if user is None else {"user": user}))
         else:
             with _own_index(settings) as index:
                 found = forget_data(ledger.database, settings.data_dir, tenant=tenant, user=user, by=OPERATOR)

@@ -256,7 +256,7 @@ def test_a_forgetting_that_died_before_the_pages_were_wiped_is_finished_later(
 
 
 def test_many_needles_are_found_as_each_by_itself_would_be():
-    texts = [f"needle number {n} in the hay" for n in range(500)] + ["in the hay or out of it"]
+    texts = [f"needle number {n} in the hay" for n in range(500)] + ["in the hay or out of it, hay"]
     hay = b"hay " * 1000 + texts[7].encode() + b" or out of it, hay" + texts[499].encode() + b"x"
     assert set(Needles(["7 in"], texts).among(hay)) == {n.encode() for n in ["7 in", *texts] if n.encode() in hay}
     assert Needles((), texts).among(b"short") == []

@@ -107,6 +107,7 @@ def test_an_export_is_imported_once(tmp_path: Path) -> None:
 def test_forgetting_asks_first(tmp_path: Path) -> None:
     item = done(tmp_path, "add", "Zebras sleep standing up.", "--tenant", "gone").strip()
     assert memory(tmp_path, "forget", "--tenant", "gone", stdin="n\n").exit_code == 1
+    assert "names nobody" in str(memory(tmp_path, "forget", "--tenant", "gone", "--user", "", "--yes").exception)
     done(tmp_path, "show", item, "--tenant", "gone")
     assert json.loads(done(tmp_path, "forget", "--tenant", "gone", "--yes"))["counts"]["memory_items"] == 1
     assert memory(tmp_path, "show", item, "--tenant", "gone").exit_code != 0
