@@ -73,7 +73,7 @@ def benches(settings: Settings, data: Path | None = None) -> dict[str, Bench]:
         ),
         Bench(
             "ablation",
-            "one night in ten variants on the same day and exam, beside stock TRL (an hour and more)",
+            "one night in eleven variants on the same day and exam, beside stock TRL (an hour and more)",
             lambda: lambda: ablation.ablation(settings),
         ),
         Bench(

@@ -61,6 +61,7 @@ ARMS = (
     Arm("with contrast (DPO after SFT)", {"TRAIN__DPO_EPOCHS": "2"}),
     Arm("without rehearsal", {"NIGHT__REHEARSAL": "0"}),
     Arm("with practice (24 tasks tried again)", {"NIGHT__PRACTICE": "24"}),
+    Arm("two past runs recalled", {"RECALL__RUNS": "2"}, bare_too=True),
     Arm("trained without the recalled block", {"DATASET__RECALLED": "false"}, bare_too=True),
     Arm("share without memory: none", {"DATASET__REPEAT_WITHOUT": "0"}, bare_too=True),
     Arm("share without memory: a third", {"DATASET__REPEAT_WITHOUT": "0.5"}, bare_too=True),
@@ -88,9 +89,12 @@ def ablation(settings: Settings) -> BenchResult:
         found = [night_of(settings, folder, taught, arm, variables, console) for arm in ARMS]
         full = next(f for f in found if f.arm == "full")
         stock = stock_arm(settings, folder, taught, engine, base, console)
-        memory_only = Scores(arm="memory only", verdict="-", corrections=0, rows=0, exams=memory_exams(folder / "full"))
+        memory_only = [
+            Scores(arm=name, verdict="-", corrections=0, rows=0, exams=memory_exams(home_of(folder, arm)))
+            for name, arm in (("memory only", "full"), ("memory only, two past runs", "two past runs recalled"))
+        ]
     figures: dict[str, Figure] = {}
-    for scores in (memory_only, *found, stock):
+    for scores in (*memory_only, *found, stock):
         figures |= lines(scores)
     plain = stock.exams["held out"]
     return result(
@@ -176,7 +180,7 @@ def night_of(
     settings: Settings, folder: Path, taught: Path, arm: Arm, variables: Mapping[str, str], console: Console
 ) -> Scores:
     """One arm's night on a copy of the taught folder; read back when it was lived before."""
-    home = folder / arm.name.replace(" ", "-").replace(":", "").replace(",", "")
+    home = home_of(folder, arm.name)
     finished = home / "scores.json"
     if finished.exists():
         return Scores.model_validate_json(finished.read_text())
@@ -207,16 +211,21 @@ def night_of(
     return scores
 
 
+def home_of(folder: Path, arm: str) -> Path:
+    """The data folder of an arm."""
+    return folder / arm.replace(" ", "-").replace(":", "").replace(",", "")
+
+
 def _rows(home: Path) -> int:
     """Rows of the night's SFT file."""
     return sum(len(path.read_text(encoding="utf-8").splitlines()) for path in home.glob("nights/*/dataset/sft.jsonl"))
 
 
-def memory_exams(full: Path) -> dict[str, tuple[int, int]]:
-    """Generation 0 with the memory that the full arm's night left: what its gate measured as the champion."""
+def memory_exams(home: Path) -> dict[str, tuple[int, int]]:
+    """Generation 0 with the memory that an arm's night left: what its gate measured as the champion."""
     from memory.ledger import Ledger
 
-    ledger = Ledger.open(f"sqlite:///{full / 'ledger.sqlite'}")
+    ledger = Ledger.open(f"sqlite:///{home / 'ledger.sqlite'}")
     try:
         return exams_of([e for e in ledger.evaluations(generation=0) if e.memory])
     finally:
