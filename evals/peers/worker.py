@@ -1,7 +1,7 @@
 """A store of memories under load, in a process of its own: does what `bench recall` says on stdin, one JSON a line.
 
 Owns the protocol and the clock, which are the same for every store; each store's own code is beside it or, for
-ours, in `serve.bench_store`. Needs nothing but the standard library: it also runs in the peers' environment.
+ours, in `serve.benches.store`. Needs nothing but the standard library: it also runs in the peers' environment.
 """
 
 from __future__ import annotations
