@@ -43,10 +43,10 @@ class RecallConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    runs: int = Field(default=1, ge=0)
-    """Past runs in a prompt, at most. Tiny models copy one example well and drown in many."""
+    runs: int = Field(default=2, ge=0)
+    """Past runs in a prompt, at most. A 135M model solved 92% under two and 67% under one (`bench usefulness`)."""
     principles: int = Field(default=0, ge=0)
-    """Principles in a prompt, at most."""
+    """Principles in a prompt, at most; the same model solved 26% under one or two of them, 22% under nothing."""
     asked_runs: int = Field(default=1, ge=0)
     """Past runs at most when the agent asks for experience in the middle of a run."""
     asked_principles: int = Field(default=2, ge=0)

@@ -22,6 +22,9 @@ BACKLOG = 2048
 DRAIN_S = 30.0
 CUT_S = 2
 """What still runs after draining is cancelled this many seconds later."""
+KEEP_ALIVE_S = 75
+"""An idle connection stays open longer than clients keep theirs (httpx and the OpenAI SDK: 5 s). At Uvicorn's own
+5 s both give up at once, and a request sent in that moment is lost: "Server disconnected"."""
 
 FIRST_KEY = """
 The admin key of this service, shown this once (`nightschool keys create` makes others):
@@ -73,6 +76,20 @@ def local_url(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if address.version == 6 else f"http://{host}:{port}"
 
 
+def uvicorn_config(app: Any, log_level: str) -> Any:
+    """How Uvicorn serves the app, in the product and in its tests."""
+    import uvicorn
+
+    return uvicorn.Config(
+        app,
+        lifespan="off",
+        log_level=log_level,
+        access_log=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=CUT_S,
+    )
+
+
 def drain_first(server: Any, gate: Gate, loop: asyncio.AbstractEventLoop) -> None:
     """On the first signal a Uvicorn server refuses new requests (503) and stops once the running ones have ended,
     or after `DRAIN_S` seconds; on the second it stops at once."""
@@ -113,13 +130,7 @@ async def _serve(settings: Settings, listener: socket.socket, print_first_key: b
                 await asyncio.to_thread(_print_first_key, services.ledger)
             token = secrets.token_urlsafe(32)
             app = create_app(services, nights, token)
-            config = uvicorn.Config(
-                app,
-                lifespan="off",
-                log_level="warning",
-                access_log=False,
-                timeout_graceful_shutdown=CUT_S,
-            )
+            config = uvicorn_config(app, "warning")
             # Uvicorn raises the signal that stopped it once more after draining; by default that would
             # end the process before the engine is stopped.
             for number in (signal.SIGINT, signal.SIGTERM):

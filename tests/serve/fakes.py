@@ -130,7 +130,7 @@ def running_server(settings: Settings, script: Callable[[ChatRequest], str | Exc
     from serve import batch_run, durable, watching
     from serve.api.app import create_app
     from serve.night import NightSchool
-    from serve.server import bind, drain_first
+    from serve.server import bind, drain_first, uvicorn_config
 
     listener = bind("127.0.0.1", 0)
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -144,7 +144,7 @@ def running_server(settings: Settings, script: Callable[[ChatRequest], str | Exc
             await asyncio.to_thread(nights.resume)
             await asyncio.to_thread(batch_run.resume, services)
             app = create_app(services, nights, OPERATOR_TOKEN)
-            server = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_level="error"))
+            server = uvicorn.Server(uvicorn_config(app, "error"))
             drain_first(server, app.state.gate, asyncio.get_running_loop())
             held.update(server=server, services=services)
             started.set()

@@ -17,6 +17,7 @@ import openai
 from memory import keys
 from memory.ledger import Ledger
 from serve.client import Client
+from serve.server import uvicorn_config
 from serve.wiring import running_service
 from tests.serve.fake_engine import ROOT, fake_python
 from tests.serve.real_service import until
@@ -92,3 +93,9 @@ def test_an_insecure_service_asks_for_no_key_and_makes_none(tmp_path: Path) -> N
     with serving(tmp_path, "--insecure") as (_, info):
         assert printed_secrets(tmp_path) == []
         assert httpx.get(f"{info['url']}/v1/models").status_code == 200
+
+
+def test_an_idle_connection_stays_open_longer_than_clients_keep_theirs() -> None:
+    """Else both give up in the same moment, and a request sent just then is lost (seen in CI)."""
+    theirs = [httpx.Limits().keepalive_expiry, openai.DEFAULT_CONNECTION_LIMITS.keepalive_expiry]
+    assert all(limit and uvicorn_config(lambda: None, "error").timeout_keep_alive > limit for limit in theirs)
