@@ -9,7 +9,7 @@ from pathlib import Path
 
 from evals.bench import Bench, registry
 from evals.power import gate_bench
-from serve.benches import ablation, agent, curve, engine, escalation, front, memory, swap
+from serve.benches import ablation, agent, curve, engine, escalation, front, recall, retrieval, swap, usefulness
 from serve.settings import Settings
 
 
@@ -44,17 +44,17 @@ def benches(settings: Settings, data: Path | None = None) -> dict[str, Bench]:
         Bench(
             "retrieval",
             "recall@1, @5 and MRR of every embedder, BM25 and both together, on labelled questions",
-            lambda: lambda: memory.retrieval(settings),
+            lambda: lambda: retrieval.retrieval(settings),
         ),
         Bench(
             "recall",
             "latency, writes/s and size of memory at 1k, 10k and 100k items, beside mem0 and LangMem",
-            lambda: lambda: memory.recall(settings),
+            lambda: lambda: recall.recall(settings),
         ),
         Bench(
             "usefulness",
             "held-out success of the base model without memory, with all of it, and with ours",
-            lambda: lambda: memory.usefulness(settings, engine.live_engine),
+            lambda: lambda: usefulness.usefulness(settings, engine.live_engine),
         ),
         Bench(
             "gate",

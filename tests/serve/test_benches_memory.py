@@ -23,7 +23,9 @@ from memory.ledger import Ledger
 from memory.recall import Memory, RecallConfig
 from memory.records import text_of
 from serve.benches import benches
-from serve.benches import memory as benches_memory
+from serve.benches import recall as benches_recall
+from serve.benches.retrieval import retrieval
+from serve.benches.usefulness import AllMemory, compare_memories, fill_memory
 from serve.engine import ROOT
 from tests.serve.fakes import settings_in
 
@@ -90,7 +92,7 @@ def test_word_problems_of_gsm8k_are_labelled_by_their_operations(tmp_path: Path)
 
 
 def test_retrieval_shows_every_way_with_an_interval_and_names_what_it_skips(tmp_path: Path) -> None:
-    figures = benches_memory.retrieval(settings_in(tmp_path), per_family=1, problems=90).figures
+    figures = retrieval(settings_in(tmp_path), per_family=1, problems=90).figures
     interval = re.compile(r"[01]\.\d{3} \[[01]\.\d{3}, [01]\.\d{3}\]")
     for name in ("runs", "principles", "word_problems"):
         for way in ("wordllama", "fts5", "wordllama+fts5"):
@@ -114,7 +116,7 @@ def test_an_embedder_of_no_sense_is_no_better_than_chance(tmp_path: Path) -> Non
 
 
 def test_recall_measures_ours_at_every_size(tmp_path: Path) -> None:
-    done = benches_memory.recall(settings_in(tmp_path), sizes=(150, 300), peers=(), rounds=2, queries=5)
+    done = benches_recall.recall(settings_in(tmp_path), sizes=(150, 300), peers=(), rounds=2, queries=5)
     for size in (150, 300):
         assert done.figures[f"ours_stored_at_{size}"] == size
         assert float(done.figures[f"ours_recall@5_at_{size}"]) >= 0.99
@@ -125,7 +127,7 @@ def test_recall_measures_ours_at_every_size(tmp_path: Path) -> None:
 
 
 def test_a_store_that_is_late_is_measured_as_full_as_it_is(tmp_path: Path) -> None:
-    done = benches_memory.recall(settings_in(tmp_path), sizes=(600, 700), peers=(), rounds=1, queries=3, fill_s=0.02)
+    done = benches_recall.recall(settings_in(tmp_path), sizes=(600, 700), peers=(), rounds=1, queries=3, fill_s=0.02)
     stored = done.figures["ours_stored_at_700"]
     assert 0 < int(stored) < 600
     assert done.figures["ours_stored_at_600"] == stored
@@ -137,7 +139,7 @@ def test_a_store_that_dies_is_told_with_its_last_words(tmp_path: Path) -> None:
         command = [sys.executable, "-c", "import sys; print('starting'); sys.exit('out of luck')"]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors}
         process = subprocess.Popen(command, text=True, **pipes)
-    each = benches_memory.Contender("unlucky", process, tmp_path, log)
+    each = benches_recall.Contender("unlucky", process, tmp_path, log)
     with pytest.raises(EngineError, match="'unlucky' ended with 1: out of luck"):
         each.do(do="search", k=5, budget_s=1)
 
@@ -164,12 +166,12 @@ def test_usefulness_compares_none_all_and_ours_on_the_same_tasks(tmp_path: Path)
         return f"Action: finish({answers[question] if alike else 'unknown'})"
 
     ledger = Ledger.open(f"sqlite:///{tmp_path / 'ledger.sqlite'}")
-    benches_memory.fill_memory(ledger, taught)
+    fill_memory(ledger, taught)
     assert ledger.count_active() == 8
     embedder = load_embedder("wordllama", tmp_path)
     ours = Memory(ledger, None, RecallConfig(runs=1), embedder)
     figures = asyncio.run(
-        benches_memory.compare_memories(
+        compare_memories(
             ledger,
             ours,
             suite,
@@ -191,8 +193,8 @@ def test_usefulness_compares_none_all_and_ours_on_the_same_tasks(tmp_path: Path)
 
 def test_all_memory_stops_where_the_context_is_full(tmp_path: Path) -> None:
     ledger = Ledger.open(f"sqlite:///{tmp_path / 'ledger.sqlite'}")
-    benches_memory.fill_memory(ledger, reasoning_gym_tasks(FEW, 5, 101))
-    recall = benches_memory.AllMemory(ledger, "default", 200).recall(reasoning_gym_tasks(FEW, 1, 1)[0])
+    fill_memory(ledger, reasoning_gym_tasks(FEW, 5, 101))
+    recall = AllMemory(ledger, "default", 200).recall(reasoning_gym_tasks(FEW, 1, 1)[0])
     ledger.close()
     assert 0 < len(recall.runs) + len(recall.principles) < 12
 
