@@ -33,6 +33,7 @@ from serve.stages.dataset import replayed
 from serve.stages.material import DAYS, load_snapshot, snapshot
 from serve.stages.night_run import NightRun, Output
 from serve.stages.practice import chosen_for
+from serve.stages.worth import nothing_new
 from serve.wiring import Services
 
 CHARS_PER_TOKEN = 4
@@ -170,11 +171,12 @@ def _estimated(run: NightRun, drawn: Output, snap: Snapshot) -> Estimate:
     count, needed = sum(dataset.counts.values()), settings.night.min_examples
     again = replayed(run, snap, dataset.examples)
     cost = _cost(ledger, [*dataset.examples, *again], settings.night.rehearsal)
-    too_few = f"only {count} examples to learn from, {needed} needed"
+    nothing = nothing_new(run, material)
     return Estimate(
-        would_skip=count < needed,
+        would_skip=count < needed or nothing is not None,
         reasons=[
-            too_few if count < needed else f"{count} examples to learn from, {needed} needed",
+            f"{'only ' if count < needed else ''}{count} examples to learn from, {needed} needed",
+            *([nothing] if nothing else []),
             *foretold(settings.night, cost.tokens, cost.train_seconds, cost.night_seconds),
         ],
         starts_from=drawn["train_from"],

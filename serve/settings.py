@@ -79,6 +79,9 @@ class NightConfig(BaseModel):
     )
     principles: int = Field(default=8, ge=0, description="principles distilled in one night at most")
     min_examples: int = Field(default=8, ge=1, description="fewer new examples: the night skips itself")
+    min_failures: int = Field(
+        default=1, ge=0, description="fewer new runs that failed or were corrected: the night trains nothing"
+    )
     held_out_share: float = Field(
         default=0.2, ge=0, le=0.9, description="share of judged tasks kept for the gate when no suite file is given"
     )

@@ -15,13 +15,14 @@ from distill.snapshot import Snapshot
 from distill.uploads import RECIPE as UPLOADED
 from distill.uploads import read_upload
 from memory import files
-from memory.errors import LedgerError, boundary
+from memory.errors import LedgerError, NotEnoughExperienceError, boundary
 from memory.night_records import NightStatus
 from memory.records import Example, Message, Task, Trust
 from serve import promotion
 from serve.escalation import recipes_with_teacher
 from serve.stages.material import load_snapshot
 from serve.stages.night_run import NightRun, Output, starts_from
+from serve.stages.worth import nothing_new
 from serve.wiring import Services, keep_task
 
 
@@ -36,6 +37,8 @@ def make_dataset(run: NightRun) -> Output:
         else:
             recipes = run.night.options.get("recipes") or recipes_with_teacher(settings.night.recipes, settings.teacher)
             dataset = build(snap, recipes, services.memory, compose, config)
+            if reason := nothing_new(run, snap):
+                raise NotEnoughExperienceError(reason)
         again = replayed(run, snap, dataset.examples)
         general = run.wait(rehearse(_base_answer(services), settings.night.rehearsal))
         general = [e for e in general if snap.held_out_reason(Task(messages=e.messages[:1])) is None]

@@ -13,6 +13,7 @@ from distill.snapshot import Snapshot
 from evals.suites import Suite
 from memory.forget import must_start_from_base
 from memory.items import RECALLABLE
+from memory.ledger import Ledger
 from memory.night_records import NightStatus
 from memory.records import MemoryStatus, Purpose, Trajectory, Trust
 from serve import lessons, promotion
@@ -29,21 +30,11 @@ PARTIAL = ("training_file", "since", "recipes")
 def snapshot(run: NightRun) -> Output:
     """Draw the line: what happened up to here teaches tonight, what comes later waits."""
     settings, ledger = run.services.settings, run.services.ledger
-    since = {"trajectory": 0, "feedback": 0}
     # Weights cannot unlearn: a champion that knows what was forgotten is no start for the next one.
     tainted = must_start_from_base(ledger.database, ledger.champion())
     start = "base" if tainted else settings.night.train_from
-    if start == "champion":
-        # What only a generation knows that was rolled back since is still to be learned.
-        known = promotion.ancestry(ledger)
-        for night in ledger.nights():
-            stage = ledger.stage(night.id, "snapshot")
-            whole = not any(night.options.get(name) for name in PARTIAL)
-            if whole and night.status is NightStatus.PROMOTED and night.candidate in known and stage is not None:
-                practised = ledger.stage(night.id, "practice")
-                since = stage.output["upto"] | ({"practice": practised.output["upto"]} if practised else {})
     asked = run.night.options.get("since")
-    since = {"trajectory": 0, "feedback": 0} if asked else since
+    since = learned_upto(ledger) if start == "champion" and not asked else {"trajectory": 0, "feedback": 0}
     champion = ledger.champion().number
     upto = ledger.watermark()
     serve = ledger.trajectories(after_seq=since["trajectory"], upto_seq=upto["trajectory"], purpose=DAYS)
@@ -53,6 +44,19 @@ def snapshot(run: NightRun) -> Output:
     run.emit("snapshot", told, runs=new)
     drawn = {"since": since, "upto": upto, "champion": champion, "runs": new, "train_from": start}
     return {**drawn, "since_time": asked}
+
+
+def learned_upto(ledger: Ledger) -> dict[str, int]:
+    """The line up to which the champion has learned all that the days brought: by kind of record, its last seq. What
+    only a generation knows that was rolled back since is still to be learned."""
+    known, line = promotion.ancestry(ledger), {"trajectory": 0, "feedback": 0}
+    for night in ledger.nights():
+        stage = ledger.stage(night.id, "snapshot")
+        whole = not any(night.options.get(name) for name in PARTIAL)
+        if whole and night.status is NightStatus.PROMOTED and night.candidate in known and stage is not None:
+            practised = ledger.stage(night.id, "practice")
+            line = stage.output["upto"] | ({"practice": practised.output["upto"]} if practised else {})
+    return line
 
 
 def load_snapshot(run: NightRun) -> Snapshot:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -70,8 +71,8 @@ def live(client: Client, number: int) -> dict[int, dict]:
     )
 
 
-def sleep_through(client: Client) -> dict:
-    job = client.post("/v1/fine_tuning/jobs", {})
+def sleep_through(client: Client, **options: Any) -> dict:
+    job = client.post("/v1/fine_tuning/jobs", options)
     while (job := client.get(f"/v1/fine_tuning/jobs/{job['id']}"))["status"] == "running":
         pass
     return job
@@ -107,7 +108,17 @@ def test_a_day_of_corrections_makes_a_better_champion_and_a_forgetful_one_is_rej
         assert {r["nightschool"]["generation"] for r in again.values()} == {1}
         assert all(r["nightschool"]["recalled"] for r in again.values())
 
-        second = sleep_through(client)
+        foretold = client.post("/v1/fine_tuning/jobs/estimate", {})
+        idle = sleep_through(client)
+        assert idle["nightschool"]["status"] == NightStatus.SKIPPED
+        assert idle["nightschool"]["reasons"] == foretold["reasons"][1:]
+        assert "no new run failed" in foretold["reasons"][1]
+        assert foretold["would_skip"] is True
+        assert ledger.stage(idle["id"], "train") is None
+        # Memory has the day all the same.
+        assert len(ledger.past_runs(status=MemoryStatus.ACTIVE)) > len(day(1))
+
+        second = sleep_through(client, recipes=["successes"])
         assert second["nightschool"]["status"] == NightStatus.REJECTED
         assert ledger.generation(2).status is GenerationStatus.REJECTED
         assert ledger.champion().number == 1
