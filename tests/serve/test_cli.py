@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from memory.ledger import Ledger
-from memory.records import Purpose, StopReason, Task, Trajectory
+from memory.records import Purpose, StopReason, Task, Trajectory, Trust
+from tests.memory import samples
 
 
 def nightschool(*arguments: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -111,6 +112,30 @@ def test_a_correction_at_the_command_line_is_the_operators(tmp_path: Path) -> No
     assert done.returncode == 0, done.stderr
     (said,) = ledger.feedback(trajectory_id=run.id)
     assert (said.author, said.value) == ("operator", "2")
+    ledger.close()
+
+
+def test_trust_lets_a_word_teach_and_takes_it_back(tmp_path: Path) -> None:
+    task = samples.task()
+    run = samples.trajectory(task)
+    word = samples.feedback(run)
+    (tmp_path / "data").mkdir()
+    ledger = Ledger.open(f"sqlite:///{tmp_path / 'data' / 'ledger.sqlite'}")
+    ledger.add_run(task, run)
+    ledger.add_feedback(word)
+
+    def standing() -> tuple[Trust, str]:
+        (said,) = [f for f in ledger.feedback(trajectory_id=run.id) if f.id == word.id]
+        return said.trust, said.trust_reason
+
+    done = nightschool("trust", word.id, "--why", "I counted", cwd=tmp_path)
+    assert done.stdout.split()[:3] == [word.id, "correction", "trusted"], done.stderr
+    assert standing() == (Trust.TRUSTED, "operator: I counted")
+    assert nightschool("trust", word.id, "--why", "not so", "--reject", cwd=tmp_path).returncode == 0
+    assert standing() == (Trust.REJECTED, "operator: not so")
+    assert_refused(nightschool("trust", word.id, "--why", "mine", "--tenant", "rival", cwd=tmp_path), word.id)
+    assert_refused(nightschool("trust", word.id, cwd=tmp_path), "--why")
+    assert standing() == (Trust.REJECTED, "operator: not so")
     ledger.close()
 
 

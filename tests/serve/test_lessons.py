@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from distill.equivalence import YES_OR_NO
-from memory import shelf
-from memory.night_records import GenerationStatus
+from evals.suites import EvalTask, Suite, save_suite
+from memory import approvals, shelf
+from memory.night_records import GenerationStatus, Night, NightStatus
 from memory.records import (
     Feedback,
     FeedbackKind,
@@ -23,9 +24,10 @@ from memory.records import (
     Trust,
 )
 from serve import lessons
+from serve.night import run_stage
 from serve.wiring import Services
 from tests.memory import samples
-from tests.serve.fakes import services_in, settings_in
+from tests.serve.fakes import running, services_in, settings_in
 
 NUMBER = {"similarity": 1.0, "score": 0.5, "recency": 1.0, "rank": 1.0, "tokens": 9, "why": "near"}
 
@@ -117,3 +119,35 @@ def test_a_review_retires_and_the_index_hears_of_it(services: Services):
     assert lessons.review_items(services, 0) == {}
     assert services.ledger.outbox(1) == []
     assert services.index.count() == 0
+
+
+def dreamt(services: Services) -> None:
+    """A night as far as memory goes."""
+    night = Night()
+    services.ledger.add_night(night)
+    for stage in ("snapshot", "credit", "principles"):
+        run_stage(night.id, stage)
+    services.ledger.end_night(night.id, NightStatus.SKIPPED, [])
+
+
+def test_a_past_run_is_recalled_no_more_once_the_correction_behind_it_was_rejected(tmp_path: Path):
+    settings = settings_in(tmp_path)
+    exam = EvalTask(key="sky", task=samples.task("Which colour has the sky?"))
+    save_suite(Suite(name="held_out", role="held_out", tasks=[exam]), settings.suites_dir / "held_out.jsonl")
+    task = samples.task("How many seats has the van?").model_copy(update={"reference": None})
+    run = samples.trajectory(task, answer="6")
+    said = Feedback(trajectory_id=run.id, kind=FeedbackKind.CORRECTION, value="9", author="operator")
+    with running(settings, lambda _: "No") as (_, services):
+        ledger, asked = services.ledger, samples.task("How many seats has the red van?")
+        ledger.add_run(task, run)
+        ledger.add_feedback(said)
+        dreamt(services)
+        (kept,) = ledger.past_runs()
+        assert said.id in kept.sources
+        assert [item.id for item in services.memory.recall(asked).items] == [kept.id]
+
+        approvals.decide(ledger.database, said.id, Trust.REJECTED, "it has eight", tenant="default", by="operator")
+        dreamt(services)
+        (gone,) = ledger.past_runs()
+        assert (gone.id, gone.status) == (kept.id, MemoryStatus.RETIRED)
+        assert services.memory.recall(asked).items == []
