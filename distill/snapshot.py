@@ -7,7 +7,7 @@ which tasks are held out. Owns no decision of what may teach (`distill.credit`).
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -38,6 +38,9 @@ ANONYMOUS = "anonymous"
 OPERATOR = "operator"
 """What the names of operators begin with; the service gives such names to nobody else."""
 
+AnswerKey = tuple[str, str, str]
+"""(tenant, task fingerprint, answer): the same answer to the same question, on whichever runs."""
+
 
 @dataclass(frozen=True)
 class Snapshot:
@@ -49,6 +52,8 @@ class Snapshot:
     `begun`: runs that ended in a client's tool call. They are no whole runs; what came of them is, in the
     run that continues them. They are taken out of `trajectories`, as is every run that another continues.
     So are the runs of a teacher, which are nobody's own: `taught`.
+    `praised`: who praised which answers on runs that are not here (`praise_of`): earlier nights' material vouches for
+    tonight's and is not taught again.
     """
 
     trajectories: list[Trajectory]
@@ -59,6 +64,7 @@ class Snapshot:
     held_out_tasks: list[Task] = field(default_factory=list)
     begun: list[Trajectory] = field(default_factory=list)
     taught: list[Trajectory] = field(default_factory=list)
+    praised: Mapping[AnswerKey, set[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         tenants = {task.id: task.tenant for task in self.tasks.values()}
@@ -157,19 +163,13 @@ class Snapshot:
         return None
 
     def _corroborated(self, trajectory: Trajectory, task: Task) -> bool:
-        voices = self._praise.get(_answer_key(trajectory, task), set())
+        key = _answer_key(trajectory, task)
+        voices = self._praise.get(key, set()) | self.praised.get(key, set())
         return len(voices - {ANONYMOUS}) > 1 or any(voice.startswith(OPERATOR) for voice in voices)
 
     @cached_property
-    def _praise(self) -> dict[tuple[str, str, str], set[str]]:
-        """(tenant, task fingerprint, answer) -> the voices whose last trusted score of it is praise."""
-        found: defaultdict[tuple[str, str, str], set[str]] = defaultdict(set)
-        for trajectory in self.trajectories:
-            task = self.tasks.get(trajectory.task_id)
-            for voice, score in scores_of(trajectory, self.said_of(trajectory)).items():
-                if task is not None and score >= 0.5:
-                    found[_answer_key(trajectory, task)].add(voice)
-        return dict(found)
+    def _praise(self) -> dict[AnswerKey, set[str]]:
+        return praise_of(self.trajectories, self.feedback, self.tasks)
 
     @cached_property
     def _last_answers(self) -> dict[tuple[str, str, str], str]:
@@ -244,6 +244,22 @@ def scores_of(trajectory: Trajectory, feedback: Iterable[Feedback]) -> dict[str,
     return scores
 
 
+def praise_of(
+    trajectories: Iterable[Trajectory], feedback: Iterable[Feedback], tasks: Mapping[str, Task]
+) -> dict[AnswerKey, set[str]]:
+    """Answer -> the voices whose last trusted score of it is praise. Runs whose task is unknown are left out."""
+    by_run: defaultdict[str, list[Feedback]] = defaultdict(list)
+    for said in feedback:
+        by_run[said.trajectory_id].append(said)
+    found: defaultdict[AnswerKey, set[str]] = defaultdict(set)
+    for trajectory in trajectories:
+        task = tasks.get(trajectory.task_id)
+        for voice, score in scores_of(trajectory, by_run[trajectory.id]).items():
+            if task is not None and score >= 0.5:
+                found[_answer_key(trajectory, task)].add(voice)
+    return dict(found)
+
+
 def corrections_of(trajectory: Trajectory, feedback: Iterable[Feedback]) -> list[Feedback]:
     """The trusted corrections of a run, oldest first; of one author only the last word counts."""
     last: dict[str, Feedback] = {}
@@ -267,7 +283,7 @@ def score_of(value: Any) -> float | None:
     return None
 
 
-def _answer_key(trajectory: Trajectory, task: Task) -> tuple[str, str, str]:
+def _answer_key(trajectory: Trajectory, task: Task) -> AnswerKey:
     return task.tenant, task.fingerprint, _plain(trajectory.answer or "")
 
 

@@ -9,13 +9,13 @@ from agent.verify import verify
 from distill.credit import credit
 from distill.equivalence import MAX_TOKENS
 from distill.principles import Ask, DistilReport, contradicted, distill_principles, past_runs
-from distill.snapshot import Snapshot
+from distill.snapshot import Snapshot, praise_of
 from evals.suites import Suite
 from memory.forget import must_start_from_base
 from memory.items import RECALLABLE
 from memory.ledger import Ledger
 from memory.night_records import NightStatus
-from memory.records import MemoryStatus, Purpose, Trajectory, Trust
+from memory.records import FeedbackKind, MemoryStatus, Purpose, Trajectory, Trust
 from serve import lessons, promotion
 from serve.stages.night_run import NightRun, Output
 from serve.suites import night_suites
@@ -79,7 +79,10 @@ def load_snapshot(run: NightRun) -> Snapshot:
     # A run that was corrected later than it was made is new experience as well.
     wanted = {t.id for t in new} | {f.trajectory_id for f in said if f.trajectory_id in runs}
     trajectories = [runs[id] for id in sorted(wanted)]
-    feedback = [f for f in ledger.feedback(upto_seq=drawn["upto"]["feedback"]) if f.trajectory_id in wanted]
+    heard = ledger.feedback(upto_seq=drawn["upto"]["feedback"])
+    feedback = [f for f in heard if f.trajectory_id in wanted]
+    earlier = {f.trajectory_id for f in heard if f.kind is FeedbackKind.SCORE and f.trajectory_id in runs} - wanted
+    before = [runs[id] for id in sorted(earlier)]
     held_out = [item.task for suite in suites_of(run) for item in suite.tasks]
     return Snapshot(
         trajectories=trajectories,
@@ -87,6 +90,7 @@ def load_snapshot(run: NightRun) -> Snapshot:
         tasks=ledger.tasks(t.task_id for t in trajectories),
         held_out_tasks=held_out,
         seed=run.services.settings.dataset.seed,
+        praised=praise_of(before, heard, ledger.tasks(t.task_id for t in before)),
     )
 
 

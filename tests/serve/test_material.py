@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
+from evals.suites import EvalTask, Suite, save_suite
 from memory.errors import NotEnoughExperienceError
 from memory.ledger import Ledger
 from memory.night_records import Generation, GenerationStatus, Night, NightStatus, StageRun
-from memory.records import Purpose, StopReason, Task, Trajectory, VerifierSpec
+from memory.records import Feedback, FeedbackKind, Purpose, StopReason, Task, Trajectory, Trust, VerifierSpec
 from serve import promotion
-from serve.stages.material import snapshot
+from serve.stages.material import load_snapshot, snapshot
 from serve.suites import held_out_from_days
 from serve.wiring import open_ledger
 from tests.serve.fakes import settings_in
@@ -55,6 +56,29 @@ def test_a_night_that_left_something_out_leaves_the_day_to_be_learned(
     assert waiting(ledger, tmp_path) == 1
     promoted(ledger, tmp_path, 2)
     assert waiting(ledger, tmp_path) == 0
+
+
+def praised(ledger: Ledger, author: str) -> Trajectory:
+    run = ran(ledger, "Who wrote it?", 1)
+    word: dict[str, Any] = {"kind": FeedbackKind.SCORE, "value": 1.0, "trust": Trust.TRUSTED}
+    ledger.add_feedback(Feedback(trajectory_id=run.id, author=author, **word))
+    return run
+
+
+@pytest.mark.parametrize(("later", "taught"), [("bob", True), ("ann", False)])
+def test_an_answer_that_another_user_praised_before_an_earlier_night_is_taught(
+    ledger: Ledger, tmp_path: Path, later: str, taught: bool
+) -> None:
+    exam = EvalTask(key="k", task=Task(messages=[{"role": "user", "content": "What is 4 - 2?"}], reference="2"))
+    save_suite(Suite(name="held_out", role="held_out", tasks=[exam]), settings_in(tmp_path).suites_dir / "h.jsonl")
+    praised(ledger, "ann")
+    promoted(ledger, tmp_path, 1)
+    again = praised(ledger, later)
+    run = night_in(ledger, tmp_path, [], controls=[])
+    ledger.record_stage(StageRun(night_id=run.night.id, stage="snapshot", output=snapshot(run), seconds=0.0))
+    material = load_snapshot(run)
+    assert [t.id for t in material.trajectories] == [again.id]
+    assert [t.id for t, _, _ in material.own_successes()] == [again.id] * taught
 
 
 def test_a_task_that_nobody_can_judge_is_not_held_out(ledger: Ledger) -> None:
