@@ -14,13 +14,22 @@ from dataclasses import dataclass
 NEAR_DUPLICATE = 0.9
 """Jaccard similarity of two questions' tokens from which on they are the same question."""
 
-_TOKEN = re.compile(r"\d+(?:\.\d+)?|[^\W\d_]+|[-+*/^=<>%]")
+_UNSPACED = (
+    r"\u0e01-\u0e3a\u0e40-\u0e4e\u0e81-\u0ece"  # Thai, Lao
+    r"\u1000-\u103f\u1050-\u108f\u1780-\u17d3"  # Burmese, Khmer
+    r"\u3005-\u3007\u3041-\u309f\u30a1-\u30fa\u30fc-\u30ff\uff66-\uff9f"  # kana
+    r"\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Han
+)
+"""Letters and marks of the scripts that put no spaces between words."""
+
+_TOKEN = re.compile(rf"\d+(?:\.\d+)?|(?P<unspaced>[{_UNSPACED}]+)|[^\W\d_{_UNSPACED}]+|[-+*/^=<>%]")
 _DIGIT_COMMA = re.compile(r"(?<=\d),(?=\d{3}\b)")
 
 
 @dataclass(frozen=True)
 class Words:
-    """A question's distinct tokens (words, numbers, signs), and how often each number occurs."""
+    """A question's distinct tokens (words, numbers, signs), and how often each number occurs. In a script without
+    spaces, each two characters that stand together are a token."""
 
     tokens: frozenset[str]
     numbers: Counter[str]
@@ -28,8 +37,14 @@ class Words:
 
 def words_of(text: str) -> Words:
     """Case and punctuation do not count, numbers and signs do; `1,000` is one number."""
-    tokens = _TOKEN.findall(_DIGIT_COMMA.sub("", text.casefold()))
-    return Words(frozenset(tokens), Counter(token for token in tokens if token[0].isdigit()))
+    found = list(_TOKEN.finditer(_DIGIT_COMMA.sub("", text.casefold())))
+    numbers = Counter(match[0] for match in found if match[0][0].isdigit())
+    return Words(frozenset(token for match in found for token in _tokens(match)), numbers)
+
+
+def _tokens(match: re.Match[str]) -> list[str]:
+    run = match[0]
+    return [run[at : at + 2] for at in range(max(1, len(run) - 1))] if match["unspaced"] else [run]
 
 
 def same_question(one: Words, other: Words) -> bool:
