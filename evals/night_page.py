@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from evals.night_report import Help, Learned, NightReport, Point, Practice, Recipe, Sample, TeacherHelp, Training
+from evals.night_report import Learned, NightReport, Point, Practice, Recipe, Sample, TeacherHelp, Training
 from evals.page import STYLE, duration, gate_section, message_block, rates_section
 from evals.report import overall
 from evals.svg import Line, plot
+from memory.escalations import HelpFigures
 
 NIGHT_STYLE = (
     STYLE
@@ -99,7 +100,7 @@ def _teacher(teacher: TeacherHelp) -> str:
     return _table("The teacher's help", head, rows, "A generation's row is of all days up to this night.")
 
 
-def _help(name: str, helped: Help) -> tuple[str | int, ...]:
+def _help(name: str, helped: HelpFigures) -> tuple[str | int, ...]:
     rate = "" if helped.rate is None else f"{helped.rate:.1%}"
     cost = "" if helped.cost_usd is None else f"{helped.cost_usd:.4f}"
     counts = (helped.predicted, helped.succeeded, helped.unanswered, helped.tokens)

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 
 from evals.gate import GateDecision
 from evals.report import Gain, Row
+from memory.escalations import EscalationFigures, HelpFigures
 from memory.night_records import GenerationStatus, NightStatus
 from memory.records import ExampleKind, Message
 
@@ -90,27 +91,12 @@ class Practice(BaseModel):
     workloads: list[PractisedWorkload]
 
 
-class Help(BaseModel):
-    """How much of a teacher's help was needed, as `GET /v1/generations` counts it."""
-
-    generation: int | None
-    """None: all of them."""
-    requests: int
-    escalated: int
-    rate: float | None
-    predicted: int
-    unanswered: int
-    succeeded: int
-    tokens: int
-    cost_usd: float | None
-
-
 class TeacherHelp(BaseModel):
     """The teacher's part in the days."""
 
-    day: Help
+    day: HelpFigures
     """Between the night before and this one."""
-    generations: list[Help]
+    generations: list[EscalationFigures]
     """Each since it began, up to this night."""
 
 

@@ -78,12 +78,11 @@ class Budget:
     tokens_per_day: int | None = None
 
 
-class EscalationFigures(BaseModel):
-    """How much help one generation needed."""
+class HelpFigures(BaseModel):
+    """How much of the teacher's help was needed."""
 
-    generation: int
     requests: int
-    """Served by it, or taken from it."""
+    """Served by a generation, or taken from it."""
     escalated: int
     """Answered by the teacher, before or after an own try."""
     rate: float | None
@@ -97,6 +96,12 @@ class EscalationFigures(BaseModel):
     tokens: int
     cost_usd: float | None
     """Of those whose price is known; None when none is."""
+
+
+class EscalationFigures(HelpFigures):
+    """How much help one generation needed."""
+
+    generation: int
 
 
 def affordable(database: Database, budget: Budget) -> bool:

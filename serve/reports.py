@@ -11,7 +11,6 @@ from distill.practice import ArmFigures
 from evals.gate import GateDecision
 from evals.night_page import render_night
 from evals.night_report import (
-    Help,
     Learned,
     NightReport,
     Point,
@@ -270,8 +269,7 @@ def _teacher(ledger: Ledger, night: Night, line: int) -> TeacherHelp | None:
     known = [helped.cost_usd for helped in day if helped.cost_usd is not None]
     escalated = sum(helped.escalated for helped in day)
     return TeacherHelp(
-        day=Help(
-            generation=None,
+        day=escalations.HelpFigures(
             requests=requests,
             escalated=escalated,
             rate=escalated / requests if requests else None,
@@ -281,7 +279,7 @@ def _teacher(ledger: Ledger, night: Night, line: int) -> TeacherHelp | None:
             tokens=sum(helped.tokens for helped in day),
             cost_usd=sum(known) if known else None,
         ),
-        generations=[Help.model_validate(helped.model_dump()) for helped in whole],
+        generations=whole,
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +12,12 @@ from memory.errors import NotEnoughExperienceError
 from memory.ledger import Ledger
 from memory.night_records import Generation, GenerationStatus, Night, NightStatus, StageRun
 from memory.records import Feedback, FeedbackKind, Purpose, StopReason, Task, Trajectory, Trust, VerifierSpec
-from serve import promotion
 from serve.stages.material import load_snapshot, snapshot
 from serve.suites import held_out_from_days
-from serve.wiring import open_ledger
 from tests.serve.fakes import settings_in
-from tests.serve.test_night_limits import night_in, ran
+from tests.serve.test_night_limits import ledger, night_in, ran
 
-
-@pytest.fixture
-def ledger(tmp_path: Path) -> Iterator[Ledger]:
-    settings = settings_in(tmp_path)
-    opened = open_ledger(settings)
-    promotion.ensure_base(opened, settings.model)
-    yield opened
-    opened.close()
+__all__ = ["ledger"]
 
 
 def promoted(ledger: Ledger, folder: Path, number: int, **options: Any) -> None:
