@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 HOPEFUL_FIRST: tuple[Status, ...] = ("ready", "restarting", "starting", "stopped", "failed")
 CLEARLY_BUSIER = 2
-"""Requests more than the least busy replica has, up to which a prompt returns to where its beginning is cached."""
+"""Requests more than the least busy replica has, up to which a prompt returns to where its beginning is cached. A guess."""
 
 
 class Replica(Engine):
