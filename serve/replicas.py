@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 HOPEFUL_FIRST: tuple[Status, ...] = ("ready", "restarting", "starting", "stopped", "failed")
 CLEARLY_BUSIER = 2
-"""Requests more than the least busy replica has, up to which a prompt returns to where its beginning is cached. A guess."""
+"""Requests more than the least busy has, up to which a prompt goes where its beginning is cached. Not measured."""
 
 
 class Replica(Engine):
