@@ -144,6 +144,9 @@ def test_an_adapter_that_one_serves_wrongly_is_not_promoted_and_unloaded_everywh
         with services_in(settings, lambda _: "unused", asyncio.get_running_loop()) as services:
             services.ledger.add_generation(candidate)
             async with cluster(tmp_path) as made:
+                # First: it holds the loop up, and who then hears nothing of an engine takes it for dead.
+                nights = NightSchool(services)
+                app = create_app(replace(services, engine=made.replicas), nights, operator_token=OPERATOR_TOKEN)
                 await made.all_ready()
                 made.servers[1].harmed = True
                 with pytest.raises(EngineError, match=f"^{made.servers[1].url}/v1: .*not served as it was trained"):
@@ -160,8 +163,6 @@ def test_an_adapter_that_one_serves_wrongly_is_not_promoted_and_unloaded_everywh
                 await made.kill(0)
                 made.servers[0] = made.servers[0].again()
                 await until(lambda: made.replicas.all[0].status == "failed")
-                nights = NightSchool(services)
-                app = create_app(replace(services, engine=made.replicas), nights, operator_token=OPERATOR_TOKEN)
                 transport = httpx.ASGITransport(app)  # pyright: ignore[reportArgumentType]
                 async with httpx.AsyncClient(transport=transport, base_url="http://here") as http:
                     ready = await http.get("/readyz")
