@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,6 +33,7 @@ from memory.records import Example, ExampleKind, Task, Trajectory, content_hash,
 
 MANIFEST = "manifest.json"
 FILES = {ExampleKind.SFT: "sft.jsonl", ExampleKind.DPO: "dpo.jsonl"}
+UNTRAINED = "preference pairs while train.dpo_epochs is 0"
 
 
 class DatasetConfig(BaseModel):
@@ -110,16 +111,23 @@ def build(
     recaller: Recaller,
     compose: Compose,
     config: DatasetConfig | None = None,
+    *,
+    pairs: bool = True,
 ) -> Dataset:
     """Run the recipes over the snapshot and lay every example out as it would be served.
 
     An SFT example shows what memory would recall for its task now, the task's own run excepted, and for
     `repeat_without` of the tasks a second time nothing; a DPO example is shown as served, once.
-    When two examples teach the same, the first recipe's stays. Raises ConfigError for an unknown recipe
+    When two examples teach the same, the first recipe's stays. `pairs`: whether the trainer does DPO; what it would not
+    read is left out, so that it neither counts nor fills a cap. Raises ConfigError for an unknown recipe
     and NotEnoughExperienceError below `min_examples`.
     """
     dropped: Counter[str] = Counter()
     candidates = candidates_of(snapshot, recipe_names, dropped)
+    if not pairs:
+        untrained = sum(e.kind is ExampleKind.DPO for e in candidates)
+        candidates = [e for e in candidates if e.kind is not ExampleKind.DPO]
+        dropped.update({UNTRAINED: untrained} if untrained else {})
     return _laid_out(snapshot, candidates, dropped, recaller, compose, config or DatasetConfig())
 
 
@@ -146,9 +154,8 @@ def _laid_out(
 ) -> Dataset:
     chosen = _capped(snapshot, config, candidates, dropped)
     if len(chosen) < config.min_examples:
-        why = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items())) or "none left out"
         raise NotEnoughExperienceError(
-            f"only {len(chosen)} examples to learn from, {config.min_examples} needed ({why}): "
+            f"{too_few(len(chosen), config.min_examples, dropped)}: "
             "run more tasks, add corrections or lower min_examples"
         )
     layout = Layout(recaller, compose)
@@ -172,6 +179,12 @@ def _laid_out(
         seed=snapshot.seed,
         served=served_of(snapshot),
     )
+
+
+def too_few(count: int, needed: int, dropped: Mapping[str, int]) -> str:
+    """That a night has too few examples, and what was left out."""
+    why = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items())) or "none left out"
+    return f"only {count} examples to learn from, {needed} needed ({why})"
 
 
 def served_of(snapshot: Snapshot) -> list[Served]:

@@ -43,8 +43,9 @@ class RecallConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    runs: int = Field(default=2, ge=0)
-    """Past runs in a prompt, at most. A 135M model solved 92% under two and 67% under one (`bench usefulness`)."""
+    runs: int = Field(default=1, ge=0)
+    """Past runs in a prompt, at most. Two help an untrained 135M model more (92% against 67%, `bench usefulness`), but
+    after a night both end alike (docs/memory.md), and the second costs 200 tokens a task."""
     principles: int = Field(default=0, ge=0)
     """Principles in a prompt, at most; the same model solved 26% under one or two of them, 22% under nothing."""
     asked_runs: int = Field(default=1, ge=0)

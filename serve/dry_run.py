@@ -21,7 +21,7 @@ from rich.table import Table
 from agent.prompts import compose
 from agent.verify import verify
 from distill.credit import credit
-from distill.dataset import Dataset, build
+from distill.dataset import Dataset, build, too_few
 from distill.snapshot import Snapshot
 from memory.errors import NotEnoughExperienceError
 from memory.ledger import Ledger
@@ -29,7 +29,7 @@ from memory.night_records import Night
 from memory.records import Example
 from serve.escalation import recipes_with_teacher
 from serve.stages.budget import foretold
-from serve.stages.dataset import replayed
+from serve.stages.dataset import replayed, trains_on_pairs
 from serve.stages.material import DAYS, load_snapshot, snapshot
 from serve.stages.night_run import NightRun, Output
 from serve.stages.practice import chosen_for
@@ -167,7 +167,7 @@ def _estimated(run: NightRun, drawn: Output, snap: Snapshot) -> Estimate:
     config = settings.dataset.model_copy(update={"min_examples": 0})
     recipes = run.night.options.get("recipes") or recipes_with_teacher(settings.night.recipes, settings.teacher)
     material = replace(snap, feedback=heard)
-    dataset = build(material, recipes, services.memory, compose, config)
+    dataset = build(material, recipes, services.memory, compose, config, pairs=trains_on_pairs(run))
     count, needed = sum(dataset.counts.values()), settings.night.min_examples
     again = replayed(run, snap, dataset.examples)
     cost = _cost(ledger, [*dataset.examples, *again], settings.night.rehearsal)
@@ -175,7 +175,9 @@ def _estimated(run: NightRun, drawn: Output, snap: Snapshot) -> Estimate:
     return Estimate(
         would_skip=count < needed or nothing is not None,
         reasons=[
-            f"{'only ' if count < needed else ''}{count} examples to learn from, {needed} needed",
+            too_few(count, needed, dataset.dropped)
+            if count < needed
+            else f"{count} examples to learn from, {needed} needed",
             *([nothing] if nothing else []),
             *foretold(settings.night, cost.tokens, cost.train_seconds, cost.night_seconds),
         ],

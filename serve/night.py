@@ -75,11 +75,14 @@ def _go(night: Night) -> None:
 
 @DBOS.workflow()
 def run_night(night_id: str) -> str:
-    """All stages, then the end. An expected error ends the night as failed or skipped, with its reason."""
+    """All stages, then the end. An expected error ends the night as failed or skipped, with its reason; what goes wrong
+    because the service goes down does not: the night goes on at the next start."""
+    wait = durable.waiter()
     try:
         for name in stages_of(durable.services().ledger.night(night_id)):
             run_stage(night_id, name)
     except NightschoolError as exc:
+        wait.check()
         status = (
             NightStatus.SKIPPED
             if isinstance(exc, NotEnoughExperienceError | OverBudgetError)
@@ -89,6 +92,7 @@ def run_night(night_id: str) -> str:
         )
         return end_night(night_id, status, [str(exc)])
     except Exception as exc:
+        wait.check()
         log.exception("night %s hit a bug", night_id)
         return end_night(night_id, NightStatus.FAILED, [f"{type(exc).__name__}: {exc}"])
     return end_night(night_id, None, [])
@@ -138,4 +142,5 @@ def _night_run(night_id: str) -> NightRun:
         assert finished is not None, f"stage {stage} of {night_id} has not run"
         return finished.output
 
-    return NightRun(services, ledger.night(night_id), emitter(services.settings.night_dir(night_id)), done)
+    emit = emitter(services.settings.night_dir(night_id))
+    return NightRun(services, ledger.night(night_id), emit, done, check=durable.waiter().check)

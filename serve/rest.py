@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from memory.errors import ConfigError, EngineError
+from serve import durable
 from serve.adapters import Residency
 from serve.engine import Engine, request
 from serve.replicas import Replicas
@@ -40,11 +41,16 @@ def out_of_the_way(services: Services) -> Iterator[None]:
     if isinstance(engine, Replicas):
         raise ConfigError(NOT_OURS)
     _on_loop(services, rest(engine))
+    stops = False
     try:
         yield
+    except durable.StoppedError:
+        stops = True
+        raise
     finally:
-        # Also for a cancelled night: the engine must not stay asleep.
-        _on_loop(services, wake(engine, services.residency))
+        # Also for a cancelled night: the engine must not stay asleep, unless it goes down with the service.
+        if not stops:
+            _on_loop(services, wake(engine, services.residency))
 
 
 async def rest(engine: Engine) -> None:

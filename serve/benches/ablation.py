@@ -61,7 +61,7 @@ ARMS = (
     Arm("with contrast (DPO after SFT)", {"TRAIN__DPO_EPOCHS": "2"}),
     Arm("without rehearsal", {"NIGHT__REHEARSAL": "0"}),
     Arm("with practice (24 tasks tried again)", {"NIGHT__PRACTICE": "24"}),
-    Arm("one past run recalled", {"RECALL__RUNS": "1"}, bare_too=True),
+    Arm("two past runs recalled", {"RECALL__RUNS": "2"}, bare_too=True),
     Arm("trained without the recalled block", {"DATASET__RECALLED": "false"}, bare_too=True),
     Arm("share without memory: none", {"DATASET__REPEAT_WITHOUT": "0"}, bare_too=True),
     Arm("share without memory: a third", {"DATASET__REPEAT_WITHOUT": "0.5"}, bare_too=True),
@@ -91,7 +91,7 @@ def ablation(settings: Settings) -> BenchResult:
         stock = stock_arm(settings, folder, taught, engine, base, console)
         memory_only = [
             Scores(arm=name, verdict="-", corrections=0, rows=0, exams=memory_exams(home_of(folder, arm)))
-            for name, arm in (("memory only", "full"), ("memory only, one past run", "one past run recalled"))
+            for name, arm in (("memory only", "full"), ("memory only, two past runs", "two past runs recalled"))
         ]
     figures: dict[str, Figure] = {}
     for scores in (*memory_only, *found, stock):

@@ -33,7 +33,7 @@ FORMS = {
     "principle": RecallConfig(runs=0, principles=1),
     "two_principles": RecallConfig(runs=0, principles=2),
     "run_and_principle": RecallConfig(runs=1, principles=1),
-    "one_run": RecallConfig(runs=1, principles=0),
+    "two_runs": RecallConfig(runs=2, principles=0),
 }
 """What `usefulness` shows the model instead of the settings' choice: which form helps which model is measured."""
 

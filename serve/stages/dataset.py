@@ -17,11 +17,12 @@ from distill.uploads import read_upload
 from memory import files
 from memory.errors import LedgerError, NotEnoughExperienceError, boundary
 from memory.night_records import NightStatus
-from memory.records import Example, Message, Task, Trust
+from memory.records import Example, ExampleKind, Message, Task, Trust
 from serve import promotion
 from serve.escalation import recipes_with_teacher
 from serve.stages.material import load_snapshot
 from serve.stages.night_run import NightRun, Output, starts_from
+from serve.stages.training import train_config
 from serve.stages.worth import nothing_new
 from serve.wiring import Services, keep_task
 
@@ -36,7 +37,7 @@ def make_dataset(run: NightRun) -> Output:
             dataset = _uploaded(run, snap, config)
         else:
             recipes = run.night.options.get("recipes") or recipes_with_teacher(settings.night.recipes, settings.teacher)
-            dataset = build(snap, recipes, services.memory, compose, config)
+            dataset = build(snap, recipes, services.memory, compose, config, pairs=trains_on_pairs(run))
             if reason := nothing_new(run, snap):
                 raise NotEnoughExperienceError(reason)
         again = replayed(run, snap, dataset.examples)
@@ -51,6 +52,11 @@ def make_dataset(run: NightRun) -> Output:
         manifest = write(dataset, folder)
     run.emit("dataset", f"{sum(f.rows for f in manifest.files.values())} rows", counts=manifest.counts)
     return {"folder": str(folder), **manifest.model_dump(mode="json", include={"counts", "dropped", "files"})}
+
+
+def trains_on_pairs(run: NightRun) -> bool:
+    """Whether tonight's training reads preference pairs."""
+    return train_config(run).dpo_epochs > 0
 
 
 def _uploaded(run: NightRun, snap: Snapshot, config: DatasetConfig) -> Dataset:
@@ -109,7 +115,8 @@ def replayed(run: NightRun, snap: Snapshot, new: Sequence[Example]) -> list[Exam
         and snap.held_out_reason(tasks[e.task_id]) is None
     ]
     if starts_from(run) == "base":
-        return list({e.id: e for e in allowed if e.recipe == UPLOADED}.values())
+        uploaded = (e for e in allowed if e.recipe == UPLOADED)
+        return list({e.id: e for e in uploaded if e.kind is ExampleKind.SFT or trains_on_pairs(run)}.values())
     share, shares = settings.night.replay_share, None
     if settings.night.replay_schedule == "retention":
         champion = run.done("snapshot")["champion"]

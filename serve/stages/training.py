@@ -31,7 +31,7 @@ def train(run: NightRun) -> Output:
         previous_adapter=settings.adapters_dir / str(champion.adapter_path) if may_return else None,
         most_rank=settings.engine.max_lora_rank,
         out_dir=out,
-        config=_train_config(settings.train, run.night.options),
+        config=train_config(run),
         **training_limits(run),
     )
 
@@ -55,8 +55,9 @@ def train(run: NightRun) -> Output:
     return {"generation": generation.number, "losses": result.losses, **figures}
 
 
-def _train_config(config: TrainConfig, options: dict[str, Any]) -> TrainConfig:
+def train_config(run: NightRun) -> TrainConfig:
     """The settings' configuration with a job's method and hyperparameters in it."""
+    config, options = run.services.settings.train, run.night.options
     given: dict[str, Any] = options.get("hyperparameters", {})
     dpo = options.get("method") == "dpo"
     changed: dict[str, Any] = {"seed": options["seed"]} if "seed" in options else {}
