@@ -161,6 +161,7 @@ def test_an_adapter_that_one_serves_wrongly_is_not_promoted_and_unloaded_everywh
                 # Its reason names a file; the routes are open to whoever comes.
                 (tmp_path / "adapters" / "adapter-1" / "adapter_config.json").unlink()
                 await made.kill(0)
+                await until(lambda: made.replicas.all[0].status == "restarting")
                 made.servers[0] = made.servers[0].again()
                 await until(lambda: made.replicas.all[0].status == "failed")
                 transport = httpx.ASGITransport(app)  # pyright: ignore[reportArgumentType]
