@@ -34,7 +34,7 @@ class EngineClient:
 
     async def complete(self, request: ChatRequest) -> ChatReply:
         started = time.monotonic()
-        reply = await retrying(self._config, lambda: self._whole(request), _translate)
+        reply = await retrying(self._config, lambda: self._whole(request), translate)
         said = _Reading()
         said.take(reply, "message")
         if not said.choices:
@@ -43,7 +43,7 @@ class EngineClient:
 
     async def stream(self, request: ChatRequest) -> AsyncIterator[str | ChatReply]:
         started = time.monotonic()
-        response = await retrying(self._config, lambda: self._open(request, stream=True), _translate)
+        response = await retrying(self._config, lambda: self._open(request, stream=True), translate)
         said = _Reading()
         try:
             async for event in _events(response):
@@ -51,7 +51,7 @@ class EngineClient:
                 if piece:
                     yield piece
         except Exception as exc:
-            raise _translate(exc) from exc
+            raise translate(exc) from exc
         finally:
             # Not handed back to the pool: an unread rest would keep the engine generating.
             response.close()
@@ -72,7 +72,7 @@ class EngineClient:
             response.release()
 
     async def _open(self, request: ChatRequest, *, stream: bool) -> ClientResponse:
-        """The answer's head, with a status of success; otherwise an error that `_translate` knows."""
+        """The answer's head, with a status of success; otherwise an error that `translate` knows."""
         await self._endpoint.wait_ready(self._config.timeout_s)
         response = await self._connected().post(
             f"{self._endpoint.base_url}/chat/completions",
@@ -200,7 +200,7 @@ def _message(text: str) -> str:
         return text or "no reason given"
 
 
-def _translate(exc: Exception) -> ModelError:
+def translate(exc: Exception) -> ModelError:
     """Whatever went wrong on the way as our error; without an answer to read, the engine is away."""
     if isinstance(exc, ModelError):
         return exc

@@ -12,11 +12,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from agent.llm import Endpoint
 from distill.train.proof import PROBES, Proof, read_proof
@@ -27,6 +27,8 @@ from serve.engine_settings import BASE_NAME
 from serve.models import file_sha256
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 UNSAFE = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
@@ -181,6 +183,21 @@ async def _logprobs(engine: Endpoint, model: str, prompts: list[Any]) -> list[fl
     return values
 
 
+class Each(Protocol):
+    """Does `act` at every engine that adapters are brought into; what it gave at each."""
+
+    async def __call__(self, act: Callable[[Endpoint], Awaitable[T]]) -> list[T]: ...
+
+
+def only(engine: Endpoint) -> Each:
+    """That one engine."""
+
+    async def each(act: Callable[[Endpoint], Awaitable[T]]) -> list[T]:
+        return [await act(engine)]
+
+    return each
+
+
 @dataclass
 class _Slot:
     generation: Generation
@@ -196,8 +213,18 @@ class Residency:
     that no request uses and that is not kept (`keep`); when there is none, it waits for one.
     """
 
-    def __init__(self, engine: Endpoint, root: Path, *, max_loras: int = 3, tolerance: float = 0.05) -> None:
+    def __init__(
+        self,
+        engine: Endpoint,
+        root: Path,
+        *,
+        max_loras: int = 3,
+        tolerance: float = 0.05,
+        each: Each | None = None,
+    ) -> None:
+        """`each`: of the several engines that `engine` stands for (`serve.replicas`)."""
         self._engine = engine
+        self._each = each or only(engine)
         self._root = root
         self._max = max_loras
         self._tolerance = tolerance
@@ -272,7 +299,7 @@ class Residency:
             await self._released_when(lambda: not self._users(name), f"{name} is still in use")
             async with self._changing:
                 if not self._users(name) and self._slots.pop(name, None) is not None:
-                    await unload(self._engine, name)
+                    await self._unload(name)
 
     async def restore(self) -> None:
         """Put back what was resident, after the engine has started again.
@@ -283,13 +310,19 @@ class Residency:
         async with self._changing:
             for name, slot in list(self._slots.items()):
                 try:
-                    slot.probe = await self._bring_in(slot.generation)
+                    slot.probe = await self._bring_in(slot.generation, self._each)
                 except EngineError as exc:
                     log.warning("%s could not be put back: %s", name, exc)
                     self._slots.pop(name)
                     failed = failed or exc
         if failed is not None:
             raise failed
+
+    async def restore_at(self, engine: Endpoint) -> None:
+        """Put what is resident into one engine, before it joins the others. EngineError: it may not serve."""
+        async with self._changing:
+            for slot in self._slots.values():
+                slot.probe = await self._bring_in(slot.generation, only(engine))
 
     def _users(self, name: str) -> int:
         slot = self._slots.get(name)
@@ -303,7 +336,7 @@ class Residency:
             async with self._changing:
                 if slot is self._slots.get(name) and slot is not None and not slot.users and name not in self._kept:
                     del self._slots[name]
-                    await unload(self._engine, name)
+                    await self._unload(name)
         except EngineError as exc:
             log.warning("%s stays loaded: %s", name, exc)
 
@@ -336,20 +369,20 @@ class Residency:
             if name not in self._slots:
                 while len(self._slots) >= self._max:
                     await self._evict_one()
-                self._slots[name] = _Slot(generation, probe=await self._bring_in(generation))
+                self._slots[name] = _Slot(generation, probe=await self._bring_in(generation, self._each))
             return self._slots[name]
 
-    async def _bring_in(self, generation: Generation) -> Probe:
+    async def _bring_in(self, generation: Generation, each: Each) -> Probe:
         folder = await asyncio.to_thread(verify, generation, self._root)
         proof = await asyncio.to_thread(read_proof, folder)
         name = generation.served_name
         if proof is None:
             log.warning("%s has no proof.json (an older trainer's): proved is only that it changes the answers", name)
-        await load(self._engine, name, folder)
+        await each(lambda engine: load(engine, name, folder))
         try:
-            return await probe(self._engine, name, proof, self._tolerance)
+            return (await each(lambda engine: probe(engine, name, proof, self._tolerance)))[0]
         except EngineError:
-            await self._try_unload(name)
+            await self._try_unload(name, each)
             raise
 
     async def _evict_one(self) -> None:
@@ -360,7 +393,7 @@ class Residency:
         # What is kept goes last, but it goes: a request never waits for ever.
         name = min(idle, key=lambda name: (name in self._kept, self._slots[name].used_at))
         del self._slots[name]
-        await unload(self._engine, name)
+        await self._unload(name)
 
     async def _released_when(self, condition: Callable[[], bool], what: str) -> None:
         try:
@@ -369,8 +402,11 @@ class Residency:
         except TimeoutError as exc:
             raise EngineError(f"{what} after {DRAIN_TIMEOUT_S:.0f} s: try again, or raise engine.max_loras") from exc
 
-    async def _try_unload(self, name: str) -> None:
+    async def _unload(self, name: str) -> None:
+        await self._each(lambda engine: unload(engine, name))
+
+    async def _try_unload(self, name: str, each: Each) -> None:
         try:
-            await unload(self._engine, name)
+            await each(lambda engine: unload(engine, name))
         except EngineError as exc:
             log.warning("%s could not be unloaded: %s", name, exc)

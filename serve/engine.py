@@ -242,9 +242,7 @@ class Engine:
         started = time.monotonic()
         while True:
             try:
-                models = await request(self, "GET", "/v1/models", timeout=10.0)
-                if BASE_NAME not in [card["id"] for card in models["data"]]:
-                    raise EngineError(f"it does not serve {BASE_NAME!r}: start it with --served-model-name {BASE_NAME}")
+                await self._find_model()
                 if self.status != "ready":
                     await self._tell_ready()
             except (EngineError, KeyError, TypeError) as exc:
@@ -255,6 +253,11 @@ class Engine:
                     self._fail(f"the engine at {self.config.url} cannot be used: {exc}")
                     return
             await asyncio.sleep(self.config.health_every_s if self.status == "ready" else 0.5)
+
+    async def _find_model(self) -> None:
+        models = await request(self, "GET", "/v1/models", timeout=10.0)
+        if BASE_NAME not in [card["id"] for card in models["data"]]:
+            raise EngineError(f"it does not serve {BASE_NAME!r}: start it with --served-model-name {BASE_NAME}")
 
     def _fail(self, why: str) -> None:
         self._why_failed = why

@@ -19,8 +19,10 @@ class EngineConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    url: str | None = Field(default=None, description="an external vLLM that serves the model as 'base'; no own one")
-    api_key: str | None = Field(default=None, description="key of the external vLLM")
+    url: str | None = Field(
+        default=None, description="an external vLLM that serves the model as 'base', or several with commas; no own one"
+    )
+    api_key: str | None = Field(default=None, description="key of the external vLLM, or of all of them")
     python: Path | None = Field(default=None, description="interpreter with vLLM; default .engine/bin/python")
     device: Literal["auto", "cpu", "gpu"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -52,6 +54,12 @@ class EngineConfig(BaseModel):
     health_patience_s: float = Field(
         default=120.0, gt=0, description="no healthy answer for so long: killed, restarted"
     )
+
+    @property
+    def urls(self) -> list[str]:
+        """The external engines, each once."""
+        named = (url.strip().rstrip("/") for url in (self.url or "").split(","))
+        return list(dict.fromkeys(url for url in named if url))
 
 
 def engine_arguments(config: EngineConfig, model: Path, port: int, on_gpu: bool, dtype: str) -> list[str]:

@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from memory.night_records import Night, NightStatus
 from serve.counters import COUNTED, LATENCY, REQUESTS
 from serve.events import read_events
+from serve.replicas import Replicas
 from serve.stages import STAGES
 from serve.wiring import Services
 
@@ -82,6 +83,11 @@ class _Standing:
         yield _gauge("runs_going_on", "Agent runs that have a place.", min(inside, limit))
         yield _gauge("runs_waiting", "Agent runs that wait for a place.", max(0, inside - limit))
         yield _gauge("engine_ready", "Whether the engine answers.", services.engine.status == "ready")
+        if isinstance(services.engine, Replicas):
+            family = GaugeMetricFamily("nightschool_replica_ready", "Whether this engine serves.", labels=["url"])
+            for replica in services.engine.all:
+                family.add_metric([replica.base_url], replica.status == "ready")
+            yield family
         yield _gauge("engine_swapping", "Whether an adapter is being loaded.", services.residency.swapping)
         yield _gauge("index_ready", "Whether memory's index is whole.", services.index.state.startswith("ready"))
         yield _gauge("memory_items_active", "Items that can be recalled.", ledger.count_active())

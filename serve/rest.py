@@ -17,6 +17,7 @@ from memory.errors import ConfigError, EngineError
 from serve import durable
 from serve.adapters import Residency
 from serve.engine import Engine, request
+from serve.replicas import Replicas
 from serve.wiring import Services
 
 log = logging.getLogger(__name__)
@@ -24,6 +25,7 @@ log = logging.getLogger(__name__)
 FALL_ASLEEP_S = 600.0
 """Longest wait for the running requests."""
 WAKE_S = 300.0
+NOT_OURS = "engine.during_training must be `share` with an engine of another service (engine.url)"
 
 
 @contextmanager
@@ -35,7 +37,10 @@ def out_of_the_way(services: Services) -> Iterator[None]:
     if services.settings.engine.during_training == "share":
         yield
         return
-    _on_loop(services, rest(services.engine))
+    engine = services.engine
+    if isinstance(engine, Replicas):
+        raise ConfigError(NOT_OURS)
+    _on_loop(services, rest(engine))
     stops = False
     try:
         yield
@@ -45,14 +50,14 @@ def out_of_the_way(services: Services) -> Iterator[None]:
     finally:
         # Also for a cancelled night: the engine must not stay asleep, unless it goes down with the service.
         if not stops:
-            _on_loop(services, wake(services.engine, services.residency))
+            _on_loop(services, wake(engine, services.residency))
 
 
 async def rest(engine: Engine) -> None:
     """Put the engine to sleep when its running requests have ended, or stop it: what that cuts off, the seam to the
     model asks again (`agent.llm.retrying`), and so it waits."""
     if engine.config.url is not None:
-        raise ConfigError("engine.during_training must be `share` with an engine of another service (engine.url)")
+        raise ConfigError(NOT_OURS)
     if engine.config.during_training == "stop":
         await engine.stop()
         engine.status = "resting"

@@ -35,6 +35,7 @@ from serve.adapters import Residency
 from serve.engine import Engine
 from serve.escalation import Teacher, make_teacher
 from serve.models import ensure_model
+from serve.replicas import Replicas, ReplicasClient
 from serve.settings import Settings
 
 LOCK_FILE = "service.lock"
@@ -49,7 +50,7 @@ class Services:
     ledger: Ledger
     index: Index
     memory: Memory
-    engine: Engine
+    engine: Engine | Replicas
     residency: Residency
     llm: ChatModel
     deps: AgentDeps
@@ -94,19 +95,11 @@ async def build(settings: Settings, on_event: Callable[[str], None] = lambda _: 
         stack.callback(indexer.close)
         memory = Memory(ledger, index, settings.recall, embedder)
         teacher = make_teacher(settings.teacher, ledger, embedder)
-        engine = Engine(settings.engine, model=base, data_dir=settings.data_dir)
-        residency = Residency(
-            engine,
-            settings.adapters_dir,
-            max_loras=settings.engine.max_loras,
-            tolerance=settings.engine.proof_tolerance,
-        )
+        engine, residency, llm = _serving(settings, base)
         promotion.expect_serving(ledger, residency)
-        engine.on_ready = residency.restore
         await engine.start()
         stack.push_async_callback(engine.stop)
         checkpointer = await stack.enter_async_context(_checkpointer(settings.data_dir / "checkpoints.sqlite"))
-        llm = EngineClient(engine, settings.llm)
         stack.push_async_callback(llm.close)
         deps = AgentDeps(
             llm=llm,
@@ -120,6 +113,22 @@ async def build(settings: Settings, on_event: Callable[[str], None] = lambda _: 
         if teacher is not None:
             stack.callback(asyncio.create_task(teacher.warm()).cancel)
         yield Services(settings, ledger, index, memory, engine, residency, llm, deps, loop, base, teacher)
+
+
+def _serving(settings: Settings, base: Path) -> tuple[Engine | Replicas, Residency, EngineClient | ReplicasClient]:
+    """The engine (several, where the settings name them), its adapters and its client."""
+    config = settings.engine
+    room: dict[str, Any] = {"max_loras": config.max_loras, "tolerance": config.proof_tolerance}
+    if len(config.urls) > 1:
+        replicas = Replicas(config, model=base, data_dir=settings.data_dir)
+        residency = Residency(replicas, settings.adapters_dir, each=replicas.each, **room)
+        for replica in replicas.all:
+            replica.on_ready = partial(residency.restore_at, replica)
+        return replicas, residency, ReplicasClient(replicas, settings.llm)
+    engine = Engine(config, model=base, data_dir=settings.data_dir)
+    residency = Residency(engine, settings.adapters_dir, **room)
+    engine.on_ready = residency.restore
+    return engine, residency, EngineClient(engine, settings.llm)
 
 
 @asynccontextmanager

@@ -29,6 +29,7 @@ from serve.api import (
 from serve.api.auth import Keyring
 from serve.api.runs import Turnstile
 from serve.night import NightSchool
+from serve.replicas import Replicas
 from serve.wiring import Services
 
 ROOMS = (
@@ -94,4 +95,6 @@ def readyz(request: Request) -> JSONResponse:
         "requests": request.app.state.gate.inside,
         "runs": request.app.state.turnstile.inside,
     }
+    if isinstance(services.engine, Replicas):
+        state["replicas"] = [{"url": each.base_url, "status": each.status} for each in services.engine.all]
     return JSONResponse(state, 200 if ready else 503, headers=None if ready else {"Retry-After": "10"})

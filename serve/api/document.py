@@ -79,6 +79,8 @@ class Readiness(BaseModel):
 
     status: Literal["ready", "not ready", "draining"]
     engine: str
+    replicas: list[dict[str, Any]] = []
+    """Of several engines (`engine.url`) each one's `url` and `status`."""
     champion: int
     night: str | None
     index: Literal["ready", "rebuilding", "broken"]

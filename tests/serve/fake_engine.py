@@ -13,6 +13,7 @@ import importlib.util
 import json
 import os
 import sys
+import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -50,8 +51,19 @@ class FakeVLLM(ThreadingHTTPServer):
         self.asleep = False
         self.sleep_harms = False
         self.harmed = False
+        self.hangs_up = False
+        """On who would load an adapter."""
         self.chat_s = 0.0
         self.chat_log: Path | None = None
+        self.holds: str | None = None
+        """What a chat does not give before `released`: its `answer`, or the `rest` behind a stream's first piece."""
+        self.holding = threading.Event()
+        self.released = threading.Event()
+
+    def hold(self, what: str) -> None:
+        if self.holds == what:
+            self.holding.set()
+            self.released.wait()
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -86,7 +98,9 @@ class Handler(BaseHTTPRequestHandler):
             self._send(500, {"error": {"message": "the engine is asleep"}})
             return
         adapters = self.server.adapters
-        if self.path == "/v1/load_lora_adapter":
+        if self.path == "/v1/load_lora_adapter" and self.server.hangs_up:
+            self.close_connection = True
+        elif self.path == "/v1/load_lora_adapter":
             name = payload["lora_name"]
             self.server.calls.append(f"load {name}")
             if "refused" in payload["lora_path"]:
@@ -100,6 +114,8 @@ class Handler(BaseHTTPRequestHandler):
             self._send(200, {})
         elif payload["model"] != "base" and payload["model"] not in adapters:
             self._send(404, {"error": {"message": f"The model `{payload['model']}` does not exist."}})
+        elif self.path == "/v1/chat/completions" and payload.get("stream"):
+            self._stream(payload)
         elif self.path == "/v1/chat/completions":
             self._send(200, self._chat(payload))
         else:
@@ -109,6 +125,7 @@ class Handler(BaseHTTPRequestHandler):
     def _chat(self, payload: dict[str, Any]) -> dict[str, Any]:
         """Always the same answer; the question is written down once it has been answered."""
         time.sleep(self.server.chat_s)
+        self.server.hold("answer")
         if self.server.chat_log is not None:
             with self.server.chat_log.open("a") as log:
                 log.write(json.dumps(payload["messages"][-1]["content"]) + "\n")
@@ -124,6 +141,22 @@ class Handler(BaseHTTPRequestHandler):
             "prompt_token_ids": [1, 2, 3],
             "usage": {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5},
         }
+
+    def _stream(self, payload: dict[str, Any]) -> None:
+        """The answer in two pieces behind the head, chunked like vLLM's."""
+        self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        text = self._chat(payload)["choices"][0]["message"]["content"]
+        for piece, finish in ((text[:3], None), (text[3:], "stop")):
+            choice = {"index": 0, "delta": {"content": piece}, "finish_reason": finish}
+            self._chunk(b"data: %s\n\n" % json.dumps({"choices": [choice]}).encode())
+            self.server.hold("rest")
+        self._chunk(b"data: [DONE]\n\n")
+        self._chunk(b"")
+
+    def _chunk(self, data: bytes) -> None:
+        self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
 
     def _said(self, model: str) -> str:
         says = Path(self.server.adapters.get(model, "nowhere")) / "says.txt"
