@@ -430,10 +430,10 @@ class Ledger:
         with self._database.reading() as connection:
             return nights.all_stages(connection, night_id)
 
-    def add_examples(self, night_id: str, examples: Iterable[Example]) -> None:
-        """Add what a night trains on, all or nothing; the same examples again are left alone."""
+    def set_examples(self, night_id: str, examples: Iterable[Example]) -> None:
+        """Keep what a night trains on, all or nothing, in place of what was kept for it before."""
         with self._database.writing() as connection:
-            nights.add_examples(connection, night_id, examples)
+            nights.set_examples(connection, night_id, examples)
 
     def examples(self, night_id: str) -> list[Example]:
         """What a night trained on, in the order it was added."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from sqlalchemy import Connection, func, insert, select
+from sqlalchemy import Connection, delete, func, insert, select
 
 from memory import rows
 from memory.errors import ConflictError, NotFoundError
@@ -249,11 +249,11 @@ def all_stages(connection: Connection, night_id: str) -> list[StageRun]:
     )
 
 
-def add_examples(connection: Connection, night_id: str, made: Iterable[Example]) -> None:
-    """Add what a night trains on; examples that it has already are checked and left alone."""
+def set_examples(connection: Connection, night_id: str, made: Iterable[Example]) -> None:
+    """Keep what a night trains on, in place of what an attempt that died may have written; one id has one content."""
     night(connection, night_id)
-    query = select(examples.c.id, examples.c.digest).where(examples.c.night_id == night_id)
-    known: dict[str, str] = {row.id: row.digest for row in connection.execute(query)}
+    connection.execute(delete(examples).where(examples.c.night_id == night_id))
+    known: dict[str, str] = {}
     new: list[dict[str, str]] = []
     for example in made:
         body = rows.dump(example)
@@ -262,7 +262,7 @@ def add_examples(connection: Connection, night_id: str, made: Iterable[Example])
             known[example.id] = digest
             new.append({"night_id": night_id, "id": example.id, "digest": digest, "body": body})
         elif known[example.id] != digest:
-            raise ConflictError(f"example {example.id!r} is already in night {night_id!r} with other content")
+            raise ConflictError(f"example {example.id!r} is in night {night_id!r} twice, with different content")
     if new:
         connection.execute(insert(examples), new)
 

@@ -48,7 +48,7 @@ def make_dataset(run: NightRun) -> Output:
             examples=[*dataset.examples, *again, *general],
             counts={**dataset.counts, "replay": len(again), RECIPE: len(general)},
         )
-        services.ledger.add_examples(run.night.id, dataset.examples)
+        services.ledger.set_examples(run.night.id, dataset.examples)
         manifest = write(dataset, folder)
     run.emit("dataset", f"{sum(f.rows for f in manifest.files.values())} rows", counts=manifest.counts)
     return {"folder": str(folder), **manifest.model_dump(mode="json", include={"counts", "dropped", "files"})}

@@ -89,7 +89,7 @@ def live(ledger: Ledger, home: Path) -> dict[str, Trajectory]:
         recipe="successes", kind=ExampleKind.SFT, tenant="acme", task_id=bob.id, messages=his.messages, sources=[his.id]
     )
     plain = example.model_copy(update={"id": "ex_plain", "messages": bob.messages})
-    ledger.add_examples(night.id, [example, plain])
+    ledger.set_examples(night.id, [example, plain])
     ledger.end_night(night.id, NightStatus.PROMOTED, ["better"])
     for number_, parent in ((0, None), (1, 0), (2, 1), (3, 0)):
         made = samples.generation(number_)

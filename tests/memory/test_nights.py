@@ -142,19 +142,28 @@ def test_the_first_output_of_a_stage_stays(ledger: Ledger):
         ledger.record_stage(first.model_copy(update={"night_id": "night_x"}))
 
 
-def test_a_nights_examples_are_added_once_and_all_or_none(ledger: Ledger):
+def test_what_an_attempt_that_died_wrote_gives_way_to_the_next_ones_examples(ledger: Ledger):
+    night = Night()
+    ledger.add_night(night)
+    made = [samples.example(samples.task(f"{i}?")) for i in range(4)]
+    ledger.set_examples(night.id, made[:3])
+    ledger.set_examples(night.id, [made[3], made[1]])
+    assert ledger.examples(night.id) == [made[3], made[1]]
+
+
+def test_a_nights_examples_are_kept_once_and_all_or_none(ledger: Ledger):
     night, later = Night(), Night()
     ledger.add_night(night)
     ledger.add_night(later)
     made = [samples.example(samples.task(f"{i}?")) for i in range(4)]
-    ledger.add_examples(night.id, made[:2])
-    ledger.add_examples(night.id, made[:3])
+    ledger.set_examples(night.id, made[:2])
+    ledger.set_examples(night.id, [*made[:3], made[0]])
     assert ledger.examples(night.id) == made[:3]
     changed = made[0].model_copy(update={"weight": 2.0})
     with pytest.raises(ConflictError):
-        ledger.add_examples(night.id, [made[3], changed])
+        ledger.set_examples(night.id, [made[0], changed])
     assert ledger.examples(night.id) == made[:3]
-    ledger.add_examples(later.id, made[:1])
+    ledger.set_examples(later.id, made[:1])
     assert ledger.examples(later.id) == made[:1]
 
 

@@ -59,7 +59,7 @@ def slept(services: Services) -> Night:
     ledger, night = services.ledger, Night(candidate=1)
     ledger.add_night(night)
     examples = [learned(services, TENANT, "key:ada")[0], learned(services, "rival", "key:mallory")[0]]
-    ledger.add_examples(night.id, examples)
+    ledger.set_examples(night.id, examples)
     made = Generation(number=1, parent=0, base_model="m", night_id=night.id, status=GenerationStatus.REJECTED)
     ledger.add_generation(made)
     for number in (0, 1):

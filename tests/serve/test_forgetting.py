@@ -30,7 +30,7 @@ def a_champion_that_learned_from(services: Services, user: str) -> None:
     example = Example(
         recipe="successes", kind=ExampleKind.SFT, task_id=task.id, messages=task.messages, sources=[run.id]
     )
-    ledger.add_examples(night.id, [example])
+    ledger.set_examples(night.id, [example])
     since = {"upto": ledger.watermark()}
     ledger.record_stage(StageRun(night_id=night.id, stage="snapshot", output=since, seconds=0.0))
     made = samples.generation(1).model_copy(update={"parent": 0, "night_id": night.id, "adapter_path": "one"})

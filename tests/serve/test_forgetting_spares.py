@@ -68,7 +68,7 @@ def a_night_on(services: Services, rows: list[Example], number: int = 1) -> Path
     """A promoted night that taught these rows; its folder, with what a night leaves there."""
     ledger, night = services.ledger, Night()
     ledger.add_night(night)
-    ledger.add_examples(night.id, rows)
+    ledger.set_examples(night.id, rows)
     ledger.add_generation(samples.generation(number).model_copy(update={"parent": 0, "night_id": night.id}))
     ledger.set_candidate(night.id, number)
     ledger.end_night(night.id, NightStatus.PROMOTED, ["better"])

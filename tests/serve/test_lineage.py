@@ -52,7 +52,7 @@ def teach(ledger: Ledger) -> School:
     for number, parent, learned in ((1, 0, [lesson, strangers]), (2, 1, [])):
         night = Night()
         ledger.add_night(night)
-        ledger.add_examples(night.id, learned)
+        ledger.set_examples(night.id, learned)
         ledger.add_generation(
             Generation(
                 number=number,
@@ -107,7 +107,7 @@ def test_a_run_and_the_word_on_it_lead_forth_to_the_generations_that_learned(led
 
 def test_a_replayed_example_is_found_in_every_night_that_used_it(ledger: Ledger) -> None:
     school = teach(ledger)
-    ledger.add_examples(school.nights[1].id, [school.lesson])
+    ledger.set_examples(school.nights[1].id, [school.lesson])
     found = trace(ledger, school.corrected.id, tenant="default")
     assert [(t.night, t.generation) for t in found.taught] == [(n.id, n.candidate) for n in school.nights]
 
@@ -116,7 +116,7 @@ def test_an_id_that_is_only_quoted_in_a_text_is_no_source(ledger: Ledger) -> Non
     school = teach(ledger)
     quoting = [{"role": "user", "content": school.reply.id, "name": school.reply.id}]
     said = school.lesson.model_copy(update={"id": "ex_quote", "messages": quoting})
-    ledger.add_examples(school.nights[1].id, [said])
+    ledger.set_examples(school.nights[1].id, [said])
     assert trace(ledger, school.reply.id, tenant="default").taught == []
 
 
@@ -132,7 +132,7 @@ def test_a_stored_response_is_traced_by_its_own_id(ledger: Ledger) -> None:
 def test_the_list_of_examples_is_cut_and_says_so(ledger: Ledger) -> None:
     school = teach(ledger)
     more = [school.lesson.model_copy(update={"id": f"ex_{n}"}) for n in range(4)]
-    ledger.add_examples(school.nights[1].id, more)
+    ledger.set_examples(school.nights[1].id, more)
     latest = trace(ledger, school.reply.id, tenant="default", limit=3).learned_from[0]
     assert (len(latest.examples), latest.more) == (3, 1)
 

@@ -104,7 +104,7 @@ def lesson(ledger: Ledger, *kinds: ExampleKind) -> list[Example]:
         Example(recipe="file", kind=kind, task_id=task.id, messages=task.messages)
         for kind, task in zip(kinds, tasks, strict=True)
     ]
-    ledger.add_examples(night.id, taught)
+    ledger.set_examples(night.id, taught)
     ledger.promote(1, why="better", by="night")
     ledger.end_night(night.id, NightStatus.PROMOTED, [], candidate=1, report_path=None)
     return taught

@@ -158,7 +158,7 @@ def test_a_dry_run_foretells_practice_and_the_report_tells_what_came_of_it(servi
     assert said.practice.workloads == {arm["workload"]: arm["chosen"] for arm in output["arms"] if arm["chosen"]}
 
     named = [samples.example(taught).model_copy(update={"id": f"ex_{id}", "sources": [id]}) for id in (made[0].id, "x")]
-    ledger.add_examples(run.night.id, named)
+    ledger.set_examples(run.night.id, named)
     report = night_report(ledger, run.night, "m")
     told = report.practice
     assert told is not None

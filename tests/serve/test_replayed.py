@@ -34,7 +34,7 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
     for number, sums in ((1, 1.0), (2, 0.5)):
         night = Night(id=f"night_{number}")
         ledger.add_night(night)
-        ledger.add_examples(night.id, taught(ledger, number))
+        ledger.set_examples(night.id, taught(ledger, number))
         made: dict[str, Any] = {"night_id": night.id, "parent": number - 1, "status": GenerationStatus.CANDIDATE}
         ledger.add_generation(Generation(number=number, base_model="test/model", **made))
         ledger.add_evaluation(measured(number, sums, night.id))
@@ -101,7 +101,7 @@ def test_a_question_that_came_again_is_not_replayed_beside_todays_word_on_it(led
     replayed_too = drawn_tonight(ledger, tmp_path, new, replay_share=4.0)
     assert {e.id for e in replayed_too} == {e.id for e in ledger.examples("night_2")}
     ledger.add_night(Night(id="night_3"))
-    ledger.add_examples("night_3", [*new, *replayed_too])
+    ledger.set_examples("night_3", [*new, *replayed_too])
 
 
 def test_what_only_a_generation_learned_that_was_rolled_back_is_not_replayed(ledger: Ledger, tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_from_the_base_model_uploaded_lessons_are_taught_again_all_of_them(ledge
     made: dict[str, Any] = {"night_id": "night_3", "parent": 2, "status": GenerationStatus.CANDIDATE}
     ledger.add_generation(Generation(number=3, base_model="test/model", **made))
     lesson = Example(recipe="file", kind=ExampleKind.SFT, task_id=task.id, messages=task.messages)
-    ledger.add_examples("night_3", [lesson])
+    ledger.set_examples("night_3", [lesson])
     ledger.promote(3, why="better", by="night")
     ledger.end_night("night_3", NightStatus.PROMOTED, [], candidate=3, report_path=None)
     assert drawn_tonight(ledger, tmp_path, [], train_from="base") == [lesson]
@@ -131,7 +131,7 @@ def test_what_rests_on_a_word_that_was_rejected_since_is_not_replayed(ledger: Le
     ledger.add_run(task, run)
     ledger.add_feedback(said)
     planted = Example(recipe="corrections", kind=ExampleKind.SFT, task_id=task.id, messages=[], sources=[said.id])
-    ledger.add_examples("night_1", [planted])
+    ledger.set_examples("night_1", [planted])
     new = [Example(recipe="successes", kind=ExampleKind.SFT, task_id=f"new_{n}", messages=[]) for n in range(32)]
     assert planted in drawn_tonight(ledger, tmp_path, new, replay_share=4.0)
     approvals.decide(ledger.database, said.id, Trust.REJECTED, "it is wrong", tenant=task.tenant, by="operator")
