@@ -294,8 +294,13 @@ def _story(ledger: Ledger, night: Night, status: NightStatus, gate: GateDecision
     drawn = ledger.stage(night.id, "snapshot")
     champion = drawn.output["champion"] if drawn else ledger.champion().number
     made, kept = f"Generation {night.candidate}", f"generation {champion} goes on serving"
+    published = ledger.stage(night.id, "publish")
+    share = published.output.get("canary") if published else None
+    won = f"{made} was promoted: it took the place of generation {champion}."
+    if share:
+        won = f"{made} passed: it got {share:.0%} of the users first, generation {champion} went on serving the others."
     told = {
-        NightStatus.PROMOTED: f"{made} was promoted: it took the place of generation {champion}.",
+        NightStatus.PROMOTED: won,
         NightStatus.REJECTED: f"{made} was rejected; {kept}.",
         NightStatus.SKIPPED: f"The night skipped itself; {kept}.",
         NightStatus.FAILED: f"The night failed; {kept}.",

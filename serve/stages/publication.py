@@ -20,10 +20,11 @@ def publish(run: NightRun) -> Output:
     # A night that was killed behind its switch finds no candidate, and leaves alone what the watch did since.
     if services.ledger.generation(number).status is GenerationStatus.CANDIDATE:
         run.wait(_switch(run, number, f"night {run.night.id}: {decision['reasons'][0]}"))
-    status = services.ledger.generation(number).status
-    share = f"gets {services.settings.watch.canary:.0%} of the users first" if status is GenerationStatus.CANARY else ""
-    run.emit("publish", f"generation {number} {share or 'is the champion'}")
-    return {"promoted": True}
+    generation = services.ledger.generation(number)
+    share = generation.metrics["canary"]["share"] if generation.status is GenerationStatus.CANARY else None
+    told = f"gets {share:.0%} of the users first" if share else "is the champion"
+    run.emit("publish", f"generation {number} {told}")
+    return {"promoted": True, "canary": share}
 
 
 async def _switch(run: NightRun, number: int, why: str) -> None:

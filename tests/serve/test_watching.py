@@ -19,6 +19,7 @@ from memory.night_records import Generation, GenerationStatus, Night, NightStatu
 from memory.records import Feedback, FeedbackKind, Outcome, OutcomeSource, Purpose, StopReason, Task, Trajectory
 from serve import promotion
 from serve.commands import print_generations, print_status
+from serve.reports import night_report
 from serve.stages.material import snapshot
 from serve.stages.night_run import NightRun
 from serve.stages.publication import publish
@@ -302,7 +303,14 @@ def test_a_night_may_begin_with_a_canary(tmp_path: Path) -> None:
     settings = settings_in(tmp_path, watch={"canary": 0.2})
     with running(settings, lambda request: "Action: finish(3)") as (_, services):
         number = newcomer(services.ledger)
-        assert publish(night_of(services, number, 0)) == {"promoted": True}
+        run = night_of(services, number, 0)
+        done = publish(run)
+        assert done == {"promoted": True, "canary": 0.2}
+        services.ledger.record_stage(StageRun(night_id=run.night.id, stage="publish", output=done, seconds=0))
+        ended = services.ledger.end_night(run.night.id, NightStatus.PROMOTED, [])
+        assert night_report(services.ledger, ended, "a model").story[0] == (
+            f"Generation {number} passed: it got 20% of the users first, generation 0 went on serving the others."
+        )
         canary = services.ledger.canary()
         assert canary is not None
         assert (canary.number, canary.metrics["canary"]["share"]) == (number, 0.2)
