@@ -160,15 +160,12 @@ def test_models_are_listed_and_retrieved(client: openai.OpenAI) -> None:
         client.models.retrieve("gen-7")
 
 
-def test_health_and_readiness(service: tuple[str, Services]) -> None:
+def test_health_and_readiness(service: tuple[str, Services], monkeypatch: pytest.MonkeyPatch) -> None:
     assert httpx.get(f"{service[0]}/healthz").json() == {"status": "ok"}
     ready = httpx.get(f"{service[0]}/readyz")
     assert ready.status_code == 200
-    service[1].engine.status = "starting"
-    try:
-        assert httpx.get(f"{service[0]}/readyz").status_code == 503
-    finally:
-        service[1].engine.status = "ready"
+    monkeypatch.setattr(service[1].engine, "status", "starting")
+    assert httpx.get(f"{service[0]}/readyz").status_code == 503
 
 
 def test_feedback_is_stored_once_and_waits_for_trust(client: openai.OpenAI, service: tuple[str, Services]) -> None:
