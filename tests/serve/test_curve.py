@@ -40,7 +40,7 @@ def test_a_course_is_lived_to_its_end_and_a_second_call_repeats_nothing(
         done = live(reach, course, 2, settings, console)
         assert done.figures["corrections"] == len(day(1))
         assert str(done.figures["night 1"]).startswith("promote, generation 1: 100%")
-        assert str(done.figures["night 2"]).startswith("reject, generation 1: 100%")
+        assert str(done.figures["night 2"]).startswith("skipped, generation 1: 100%")
         assert done.figures["gain_points"] == 100.0
         assert done.met["nights_decided"]
         assert done.met["worst_step_beyond_margin_points"]

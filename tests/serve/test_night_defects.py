@@ -128,7 +128,7 @@ def script_of(pupils: dict[int, Pupil]) -> Callable[[ChatRequest], str]:
 @pytest.fixture
 def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     monkeypatch.setattr("serve.stages.training.launch.run", fake_training)
-    made = settings_in(tmp_path, night=NightConfig(rehearsal=0, principles=0))
+    made = settings_in(tmp_path, night=NightConfig(rehearsal=0, principles=0, min_failures=0))
     for suite in (EXAM, chat_suite(12), refusal_suite()):
         save_suite(suite, made.suites_dir / f"{suite.name}.jsonl")
     return made
