@@ -25,8 +25,8 @@ unit: lint  ## the tests that need no engine
 fuzz: setup  ## 5,000 generated requests over the OpenAPI document
 	@$(BIN)/python -m tests.serve.fuzz --cases 5000
 
-kills: setup  ## a night killed at every boundary and at 20 random moments
-	@$(BIN)/python -m pytest -m slow tests/serve/test_night_killed.py
+kills: setup  ## the tests too long for `make test`: nights killed at every boundary and at 20 moments, two real engines
+	@$(BIN)/python -m pytest -m slow
 
 lint:
 	@$(BIN)/ruff check .

@@ -286,12 +286,15 @@ def bench(
     name: Annotated[str | None, typer.Argument(help="which one; without a name they are listed")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the figures there")] = None,
     data: Annotated[Path | None, typer.Option(help="a folder of real tasks, for the benches that read one")] = None,
+    arm: Annotated[
+        list[str] | None, typer.Option(help="ablation: this arm beside the default night; repeatable")
+    ] = None,
 ) -> None:
     """Measure this machine: a table, with the aims beside the figures."""
     from evals.bench import print_result, run_bench, write_json
     from serve.benches import benches
 
-    known = benches(_settings(context), data)
+    known = benches(_settings(context), data, arm or [])
     if name is None:
         for each in known.values():
             out.print(f"{each.name:12} {each.summary}")

@@ -43,20 +43,25 @@ RECIPES: dict[str, Recipe] = {
 """The built-in recipes by name; a night runs those that `night.recipes` names, in that order."""
 
 
+def installed() -> list[str]:
+    """Names of the recipes that other packages add."""
+    return sorted({point.name for point in entry_points(group=GROUP)} - RECIPES.keys())
+
+
 def load(names: Iterable[str]) -> dict[str, Recipe]:
     """The recipes of these names, in this order; a built-in one cannot be replaced.
 
     Raises ConfigError for an unknown name, listing the known ones, and for a recipe that fails to load.
     """
-    installed = {point.name: point for point in entry_points(group=GROUP)}
+    added = {point.name: point for point in entry_points(group=GROUP)}
     loaded: dict[str, Recipe] = {}
     for name in names:
         if name in RECIPES:
             loaded[name] = RECIPES[name]
-        elif name in installed:
+        elif name in added:
             with boundary(ConfigError, f"the recipe {name!r} cannot be loaded"):
-                loaded[name] = installed[name].load()
+                loaded[name] = added[name].load()
         else:
-            known = ", ".join(sorted({*RECIPES, *installed}))
+            known = ", ".join(sorted({*RECIPES, *added}))
             raise ConfigError(f"unknown recipe {name!r}; known: {known}")
     return loaded

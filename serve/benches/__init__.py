@@ -5,6 +5,7 @@ Each puts its baseline beside it in the same run and reports ratios: machines ar
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from evals.bench import Bench, registry
@@ -13,8 +14,8 @@ from serve.benches import ablation, agent, curve, engine, escalation, front, rec
 from serve.settings import Settings
 
 
-def benches(settings: Settings, data: Path | None = None) -> dict[str, Bench]:
-    """The benchmarks by name. `data`: a folder of real tasks, for those that read one."""
+def benches(settings: Settings, data: Path | None = None, arms: Sequence[str] = ()) -> dict[str, Bench]:
+    """The benchmarks by name. `data`: a folder of real tasks, for those that read one. `arms`: the ablation's."""
     return registry(
         Bench(
             "engine",
@@ -73,8 +74,8 @@ def benches(settings: Settings, data: Path | None = None) -> dict[str, Bench]:
         ),
         Bench(
             "ablation",
-            "one night in eleven variants on the same day and exam, beside stock TRL (an hour and more)",
-            lambda: lambda: ablation.ablation(settings),
+            "one night in many variants (--arm NAME) on the same day and exam, beside stock TRL (two hours)",
+            lambda: lambda: ablation.ablation(settings, arms),
         ),
         Bench(
             "samples",

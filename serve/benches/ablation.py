@@ -1,7 +1,8 @@
 """`nightschool bench ablation | samples`: one night in many variants, on the same day and under the same exam.
 
 Each arm is a whole night through the public API, in a data folder of its own under `DATA_DIR/bench/`, with one
-setting changed. One engine serves all arms. Resumable: an arm that is done is read back, not lived again.
+setting changed. One engine serves all arms. Resumable: an arm that is done is read back, not lived again. A recipe that
+another package adds is an arm by itself.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 
+from distill.recipes import installed, load
 from evals.bench import BenchResult, Figure, result
 from evals.stats import wilson
 from evals.suites import TRAINED_FAMILIES, Suite, load_suite, reasoning_gym_suite, reasoning_gym_tasks, save_suite
@@ -58,7 +60,13 @@ ARMS = (
     Arm("full", bare_too=True),
     Arm("without successes", {"NIGHT__RECIPES": '["corrections"]'}),
     Arm("without corrections", {"NIGHT__RECIPES": '["successes"]'}),
+    Arm("with intervene", {"NIGHT__RECIPES": '["successes", "corrections", "intervene"]'}),
+    Arm("with revise", {"NIGHT__RECIPES": '["successes", "corrections", "revise"]'}),
     Arm("with contrast (DPO after SFT)", {"TRAIN__DPO_EPOCHS": "2"}),
+    Arm(
+        "with contrast_runs (DPO after SFT)",
+        {"NIGHT__RECIPES": '["successes", "corrections", "contrast_runs"]', "TRAIN__DPO_EPOCHS": "2"},
+    ),
     Arm("without rehearsal", {"NIGHT__REHEARSAL": "0"}),
     Arm("with practice (24 tasks tried again)", {"NIGHT__PRACTICE": "24"}),
     Arm("two past runs recalled", {"RECALL__RUNS": "2"}, bare_too=True),
@@ -66,7 +74,8 @@ ARMS = (
     Arm("share without memory: none", {"DATASET__REPEAT_WITHOUT": "0"}, bare_too=True),
     Arm("share without memory: a third", {"DATASET__REPEAT_WITHOUT": "0.5"}, bare_too=True),
 )
-"""`full` is the default night: half of its rows show no memory."""
+"""`full` is the default night: half of its rows show no memory. Opt-in recipes are arms where the day has something for
+them; the other ones need praise, preferences, a teacher or practice."""
 
 
 class Scores(BaseModel):
@@ -81,25 +90,46 @@ class Scores(BaseModel):
     exams: dict[str, tuple[int, int]]
 
 
-def ablation(settings: Settings) -> BenchResult:
-    """Each recipe off, memory only, weights only, both, several shares of memory in training, and stock TRL's SFT."""
+def arms(settings: Settings, only: Sequence[str] = ()) -> list[Arm]:
+    """The arms by name, those of installed recipes included: all, or the default night and those that `only` names.
+
+    ConfigError for a name that is none, and for a recipe that cannot be loaded.
+    """
+    added = installed()
+    load(added)
+    recipes = {name: json.dumps([*settings.night.recipes, name]) for name in added}
+    known = [*ARMS, *(Arm(f"with {name}", {"NIGHT__RECIPES": named}) for name, named in recipes.items())]
+    if unknown := set(only) - {arm.name for arm in known}:
+        raise ConfigError(f"no arm {sorted(unknown)[0]!r}; there are: {', '.join(arm.name for arm in known)}")
+    return [arm for arm in known if not only or arm.name in {"full", *only}]
+
+
+def ablation(settings: Settings, only: Sequence[str] = ()) -> BenchResult:
+    """Each recipe off, memory only, weights only, both, several shares of memory in training, and stock TRL's SFT.
+
+    `only`: these arms, beside the default night and its memory alone.
+    """
     console, folder = Console(), settings.data_dir / "bench" / "ablation"
+    chosen = arms(settings, only)
     with one_engine(settings, folder) as (engine, base, variables):
         taught = day_one(settings, folder / "taught", PER_WORKLOAD, variables, console)
-        found = [night_of(settings, folder, taught, arm, variables, console) for arm in ARMS]
-        full = next(f for f in found if f.arm == "full")
-        stock = stock_arm(settings, folder, taught, engine, base, console)
-        memory_only = [
-            Scores(arm=name, verdict="-", corrections=0, rows=0, exams=memory_exams(home_of(folder, arm)))
-            for name, arm in (("memory only", "full"), ("memory only, two past runs", "two past runs recalled"))
-        ]
+        found = [night_of(settings, folder, taught, arm, variables, console) for arm in chosen]
+        stock = None if only else stock_arm(settings, folder, taught, engine, base, console)
+    memory_only = [
+        Scores(arm=name, verdict="-", corrections=0, rows=0, exams=memory_exams(home_of(folder, scores.arm)))
+        for name, arm in (("memory only", "full"), ("memory only, two past runs", "two past runs recalled"))
+        for scores in found
+        if scores.arm == arm
+    ]
     figures: dict[str, Figure] = {}
-    for scores in (*memory_only, *found, stock):
+    for scores in (*memory_only, *found, *([stock] if stock else [])):
         figures |= lines(scores)
-    plain = stock.exams["held out"]
+    if stock is None:
+        return result("ablation", figures, {})
+    ours, plain = found[0].exams["held out"], stock.exams["held out"]
     return result(
         "ablation",
-        {**figures, "full_over_stock_points": round(100 * (rate(full.exams["held out"]) - rate(plain)), 1)},
+        {**figures, "full_over_stock_points": round(100 * (rate(ours) - rate(plain)), 1)},
         {"full_over_stock_points": "> 0"},
     )
 

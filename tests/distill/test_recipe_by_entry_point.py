@@ -2,40 +2,19 @@
 
 from __future__ import annotations
 
-import re
-import sys
-from pathlib import Path
-
 import pytest
 
 from distill.dataset import DatasetConfig, build
 from distill.recipes import load
 from memory.errors import ConfigError
+from tests.distill.recipe_package import block, recipe_installed
 from tests.distill.samples import OneRun, compose, say, snapshot, solve, task, trajectory
-
-DOC = Path(__file__).parents[2] / "docs" / "recipes.md"
-
-
-def block(language: str) -> str:
-    (found,) = re.findall(rf"```{language}\n(.*?)```", DOC.read_text(encoding="utf-8"), re.DOTALL)
-    return found
 
 
 @pytest.fixture
-def installed(tmp_path, monkeypatch):
-    """A package as pip leaves it: the document's module, and its entry point in the metadata."""
-    (tmp_path / "my_recipes.py").write_text(block("python"), encoding="utf-8")
-    info = tmp_path / "my_recipes-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my-recipes\nVersion: 1.0\n", encoding="utf-8")
-    group, entry = re.fullmatch(r'\[project\.entry-points\."(.+)"\]\n(.+)\n', block("toml")).groups()  # pyright: ignore[reportOptionalMemberAccess]
-    name, target = entry.split(" = ")
-    broken = "broken = my_recipes:not_there"
-    taken = f"successes = {target.strip(chr(34))}"
-    (info / "entry_points.txt").write_text(f"[{group}]\n{name} = {target.strip(chr(34))}\n{broken}\n{taken}\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    yield name
-    sys.modules.pop("my_recipes", None)
+def installed(tmp_path):
+    with recipe_installed(tmp_path, "broken = my_recipes:nothing", "successes = my_recipes:shown_work") as name:
+        yield name
 
 
 def test_the_documented_recipe_is_found_by_its_name_and_its_examples_reach_the_dataset(installed):

@@ -1,0 +1,48 @@
+"""Which nights `bench ablation` lives: the built-in arms, and one for each recipe that another package adds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from distill.recipes import load
+from memory.errors import ConfigError
+from serve.benches.ablation import ARMS, arms
+from serve.settings import Settings
+from tests.distill.recipe_package import recipe_installed
+from tests.serve.fakes import settings_in
+
+
+def test_an_installed_recipe_is_an_arm_beside_the_default_night(tmp_path: Path) -> None:
+    settings = settings_in(tmp_path / "data")
+    package = tmp_path / "package"
+    package.mkdir()
+    with recipe_installed(package) as recipe:
+        (full, added) = arms(settings, [f"with {recipe}"])
+        assert arms(settings) == [*ARMS, added]
+    assert full == ARMS[0]
+    assert json.loads(added.settings["NIGHT__RECIPES"]) == [*settings.night.recipes, recipe]
+
+
+def test_an_installed_recipe_that_cannot_be_loaded_is_told_before_the_first_night(tmp_path: Path) -> None:
+    with (
+        recipe_installed(tmp_path, "broken = my_recipes:nothing"),
+        pytest.raises(ConfigError, match="the recipe 'broken' cannot be loaded"),
+    ):
+        arms(settings_in(tmp_path / "data"))
+
+
+def test_an_arm_that_is_none_is_refused_with_the_list(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no arm 'with sleep'; there are: full, .*with practice"):
+        arms(settings_in(tmp_path), ["with sleep"])
+
+
+def test_every_built_in_arm_is_made_of_settings_and_recipes_that_exist() -> None:
+    for arm in ARMS:
+        changed: dict[str, dict[str, object]] = {}
+        for name, value in arm.settings.items():
+            room, _, key = name.lower().partition("__")
+            changed.setdefault(room, {})[key] = json.loads(value)
+        load(Settings.model_validate(changed).night.recipes)
