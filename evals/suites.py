@@ -136,7 +136,7 @@ def tool_validity_suite(per_family: int = 3, seed: int = 70_003, exclude: frozen
     """Control: new questions on which only the form of the first reply counts, right or wrong.
 
     Verifier `action`: well-formed calls of offered tools which the tool accepts, or an answer.
-    SmolLM2-135M-Instruct, constrained, does 6 of the 24: most of its calls are nothing the tool can read.
+    SmolLM2-135M-Instruct, constrained, does all 24: what this shows is a form that training broke.
     """
     built = _gym_tasks(FORM_FAMILIES, per_family, seed, DEFAULT_TENANT, "tool_validity", exclude)
     form = VerifierSpec(name="action")

@@ -68,6 +68,8 @@ ARMS = (
         {"NIGHT__RECIPES": '["successes", "corrections", "contrast_runs"]', "TRAIN__DPO_EPOCHS": "2"},
     ),
     Arm("without rehearsal", {"NIGHT__REHEARSAL": "0"}),
+    Arm("with interpolation", {"TRAIN__INTERPOLATE": "[0.5, 0.7]"}),
+    Arm("standard profile (all blocks trained)", {"TRAIN__PROFILE": "standard"}),
     Arm("with practice (24 tasks tried again)", {"NIGHT__PRACTICE": "24"}),
     Arm("two past runs recalled", {"RECALL__RUNS": "2"}, bare_too=True),
     Arm("trained without the recalled block", {"DATASET__RECALLED": "false"}, bare_too=True),

@@ -21,6 +21,7 @@ from evals.bench import BenchResult, Figure, result
 from evals.chat import chat_suite
 from evals.gate import GateConfig, pair_outcomes
 from evals.plot import learning_curve
+from evals.refusals import refusal_suite
 from evals.report import Measured, build_report, write_report
 from evals.stats import paired_difference, wilson
 from evals.suites import (
@@ -110,7 +111,7 @@ def days_of(count: int, per_day: int, source: str) -> dict[int, list[Task]]:
 
 def controls(taught: frozenset[str]) -> list[Suite]:
     """What the model could do before, as the demo guards it."""
-    return [untrained_suite(exclude=taught), tool_validity_suite(exclude=taught), chat_suite()]
+    return [untrained_suite(exclude=taught), tool_validity_suite(exclude=taught), chat_suite(), refusal_suite()]
 
 
 def lived(settings: Settings, course: Course, suites: Sequence[Suite], nights: int) -> BenchResult:

@@ -9,8 +9,8 @@ import pytest
 
 from distill.recipes import load
 from memory.errors import ConfigError
-from serve.benches.ablation import ARMS, arms
-from serve.settings import Settings
+from serve.benches.ablation import ARMS, VARIABLE, arms
+from serve.settings import load_settings
 from tests.distill.recipe_package import recipe_installed
 from tests.serve.fakes import settings_in
 
@@ -39,10 +39,12 @@ def test_an_arm_that_is_none_is_refused_with_the_list(tmp_path: Path) -> None:
         arms(settings_in(tmp_path), ["with sleep"])
 
 
-def test_every_built_in_arm_is_made_of_settings_and_recipes_that_exist() -> None:
+def test_every_built_in_arm_is_made_of_settings_and_recipes_that_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = load_settings()
     for arm in ARMS:
-        changed: dict[str, dict[str, object]] = {}
-        for name, value in arm.settings.items():
-            room, _, key = name.lower().partition("__")
-            changed.setdefault(room, {})[key] = json.loads(value)
-        load(Settings.model_validate(changed).night.recipes)
+        with monkeypatch.context() as environment:
+            for name, value in arm.settings.items():
+                environment.setenv(VARIABLE + name, value)
+            changed = load_settings()
+        load(changed.night.recipes)
+        assert (changed == plain) is not bool(arm.settings), arm.name
