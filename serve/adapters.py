@@ -229,7 +229,7 @@ class Residency:
         self._max = max_loras
         self._tolerance = tolerance
         self._slots: dict[str, _Slot] = {}
-        self._kept: set[str] = set()
+        self._kept: list[str] = []
         self._clock = 0
         self._changing = asyncio.Lock()
         self._released = asyncio.Condition()
@@ -257,8 +257,8 @@ class Residency:
             self._slots[generation.served_name] = _Slot(generation)
 
     def keep(self, *generations: Generation) -> None:
-        """Evict these last (champion and previous): a rollback then switches without a load."""
-        self._kept = {generation.served_name for generation in generations}
+        """Evict these last, the first of them very last (champion, previous): a rollback then needs no load."""
+        self._kept = [generation.served_name for generation in generations]
 
     def settle(self, *generations: Generation) -> None:
         """`keep` these after a switch, and unload the others once their last request has ended."""
@@ -391,7 +391,8 @@ class Residency:
         )
         idle = [name for name, slot in self._slots.items() if not slot.users]
         # What is kept goes last, but it goes: a request never waits for ever.
-        name = min(idle, key=lambda name: (name in self._kept, self._slots[name].used_at))
+        last = [*reversed(self._kept)]
+        name = min(idle, key=lambda name: (last.index(name) if name in last else -1, self._slots[name].used_at))
         del self._slots[name]
         await self._unload(name)
 

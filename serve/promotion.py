@@ -98,7 +98,7 @@ async def promote(
     await residency.ensure(generation)
     promotion = ledger.promote(number, why=why, by=by, expected_from=champion.number, evidence=evidence)
     _remind(ledger, number)
-    residency.settle(generation, champion, *_canary(ledger))
+    residency.settle(generation, *_canary(ledger), champion)
     return promotion
 
 
@@ -115,7 +115,7 @@ async def begin_canary(
     """Give generation `number` a share of the users, the same ones every time: loaded and proved first.
 
     EngineError, ConflictError as `promote`; ConfigError for a share outside 0..1. One canary at a time: another's
-    users go back to the champion.
+    users go back to the champion. What a rollback would bring back stays loaded where the engine has a place for it.
     """
     if not 0 < share < 1:
         raise ConfigError(f"a canary's share lies between 0 and 1, got {share:g}")
@@ -127,8 +127,26 @@ async def begin_canary(
         raise ConflictError(f"generation {number} was rejected by the gate and cannot serve")
     await residency.ensure(generation)
     begun = ledger.begin_canary(number, share, why=why, by=by)
-    residency.settle(champion, begun)
+    residency.settle(*_wanted(ledger))
     return begun
+
+
+def end_canary(
+    ledger: Ledger,
+    residency: Residency,
+    *,
+    why: str,
+    by: str,
+    expected: int | None = None,
+    evidence: dict[str, Any] | None = None,
+) -> Promotion:
+    """All users back to the champion; the canary is unloaded once its last request has ended.
+
+    ConflictError when no generation (or not the `expected` one) is in canary.
+    """
+    ended = ledger.end_canary(why, by, expected=expected, evidence=evidence)
+    residency.settle(*_wanted(ledger))
+    return ended
 
 
 def _remind(ledger: Ledger, number: int) -> None:
@@ -150,15 +168,15 @@ async def rollback(ledger: Ledger, residency: Residency, *, why: str, by: str) -
     ConflictError when there was none.
     """
     if ledger.canary() is not None:
-        return ledger.end_canary(why=why, by=by)
+        return end_canary(ledger, residency, why=why, by=by)
     return await promote(ledger, residency, previous_champion(ledger), why=why, by=by)
 
 
-def ancestry(ledger: Ledger) -> set[int]:
-    """The champion and every generation that it was trained from, one after the other."""
+def ancestry(ledger: Ledger, of: int) -> set[int]:
+    """A generation and every one that it was trained from, one after the other."""
     parents = {generation.number: generation.parent for generation in ledger.generations()}
     line: set[int] = set()
-    number: int | None = ledger.champion().number
+    number: int | None = of
     while number is not None and number not in line:
         line.add(number)
         number = parents.get(number)
@@ -167,10 +185,15 @@ def ancestry(ledger: Ledger) -> set[int]:
 
 def expect_serving(ledger: Ledger, residency: Residency) -> None:
     """Have the engine start with what serves and what a rollback would bring back."""
+    residency.expect(*_wanted(ledger))
+
+
+def _wanted(ledger: Ledger) -> list[Generation]:
+    """What stays loaded, the dearest first: the champion, a canary, what a rollback would bring back."""
     wanted = [ledger.champion(), *_canary(ledger)]
     with suppress(ConflictError):
         wanted.append(ledger.generation(previous_champion(ledger)))
-    residency.expect(*wanted)
+    return wanted
 
 
 def _canary(ledger: Ledger) -> list[Generation]:

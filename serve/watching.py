@@ -156,7 +156,8 @@ async def act(
         why = f"rolled back: {verdict.told}"
         log.warning("generation %d: %s", pair.new, why)
         if pair.canary:
-            return ledger.end_canary(why, BY, expected=pair.new, evidence=verdict.evidence)
+            done = {"expected": pair.new, "evidence": verdict.evidence}
+            return promotion.end_canary(ledger, residency, why=why, by=BY, **done)
         done = {"expected_from": pair.new, "evidence": verdict.evidence}
         return await promotion.promote(ledger, residency, pair.old, why=why, by=BY, **done)
     if pair.canary and verdict.compared >= config.canary_outcomes:

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from evals.live import LiveVerdict, WatchConfig
 from memory import items
 from memory.errors import ConflictError, NotFoundError
 from memory.ledger import Ledger
 from memory.night_records import Generation, GenerationStatus
 from memory.records import MemoryStatus
 from serve import promotion
+from serve.adapters import Residency, loaded
+from serve.watching import act, watched
 from tests.memory import samples
+from tests.serve import test_adapters
 from tests.serve.fakes import FakeResidency
+from tests.serve.test_adapters import generation
+
+engine = test_adapters.engine
 
 
 @pytest.fixture
@@ -106,3 +114,76 @@ def test_what_was_rejected_or_serves_already_is_not_promoted(ledger: Ledger) -> 
     promote(ledger, 1)
     with pytest.raises(ConflictError, match="already"):
         promote(ledger, 1)
+
+
+class Served:
+    """Three generations on a real `Residency`; the first two were champion, one after the other."""
+
+    def __init__(self, folder: Path, ledger: Ledger, engine: Any, max_loras: int) -> None:
+        self.ledger, self.engine = ledger, engine
+        self.residency = Residency(engine, folder, max_loras=max_loras)
+        for number in (11, 12, 13):
+            ledger.add_generation(generation(folder, number))
+
+    async def promoted(self) -> None:
+        for number in (11, 12):
+            await promotion.promote(self.ledger, self.residency, number, why="test", by="test")
+
+    async def canary(self) -> None:
+        await promotion.begin_canary(self.ledger, self.residency, 13, 0.1, why="test", by="test")
+
+    async def holds(self, *numbers: int) -> bool:
+        """Whether the engine comes to hold these and no others."""
+        names = {self.ledger.generation(number).served_name for number in numbers}
+        for _ in range(100):
+            if set(self.residency.resident) == await loaded(self.engine) == names:
+                return True
+            await asyncio.sleep(0.01)
+        return False
+
+
+async def by_hand(served: Served) -> None:
+    await promotion.rollback(served.ledger, served.residency, why="enough", by="test")
+
+
+async def by_the_watch(served: Served) -> None:
+    [pair] = [pair for pair in watched(served.ledger) if pair.canary]
+    verdict = LiveVerdict(worse=True, told="it fails", evidence={}, compared=20, workloads=[])
+    await act(served.ledger, served.residency, pair, verdict, WatchConfig())
+
+
+@pytest.mark.parametrize("end", [by_hand, by_the_watch])
+def test_while_a_canary_runs_the_way_back_stays_loaded_and_an_ended_canary_goes(
+    tmp_path: Path, ledger: Ledger, engine: test_adapters.Endpoint, end: Callable[[Served], Awaitable[None]]
+) -> None:
+    async def scenario() -> None:
+        served = Served(tmp_path, ledger, engine, max_loras=3)
+        await served.promoted()
+        await served.canary()
+        assert await served.holds(11, 12, 13)
+        await end(served)
+        assert await served.holds(11, 12)
+        await by_hand(served)
+
+    asyncio.run(scenario())
+    assert ledger.champion().number == 11
+    assert [call.split("@")[0] for call in engine.server.calls][:4] == [
+        "load gen-11",
+        "load gen-12",
+        "load gen-13",
+        "unload gen-13",
+    ]
+
+
+def test_where_there_is_no_place_for_both_the_way_back_makes_it_for_the_canary(
+    tmp_path: Path, ledger: Ledger, engine: test_adapters.Endpoint
+) -> None:
+    async def scenario() -> None:
+        served = Served(tmp_path, ledger, engine, max_loras=2)
+        await served.promoted()
+        # Somebody asks for it by name: the champion is now the one that was used longest ago.
+        await served.residency.ensure(ledger.generation(11))
+        await served.canary()
+        assert await served.holds(12, 13)
+
+    asyncio.run(scenario())
