@@ -24,6 +24,7 @@ from typing import Any
 
 from evals.suites import FORM_FAMILIES, TRAINED_FAMILIES, UNTRAINED_FAMILIES, Families, reasoning_gym_tasks
 from memory.errors import ConfigError, boundary
+from memory.jsonl import lines_of
 
 SEED = 80_001
 FAMILIES: Families = {
@@ -139,7 +140,7 @@ def _from_templates(n: int, seed: int) -> list[tuple[str, str]]:
 
 def _by_operations(file: Path) -> list[tuple[str, str]]:
     with boundary(ConfigError, f"{file} is not GSM8K's JSONL"):
-        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        rows = [json.loads(line) for line in lines_of(file.read_text(encoding="utf-8"))]
         return [(_operations(row["answer"]), row["question"]) for row in rows]
 
 

@@ -20,6 +20,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from memory.errors import ConfigError, boundary
+from memory.jsonl import lines_of
 from memory.records import DEFAULT_TENANT, Task, VerifierSpec, content_hash
 
 Families = Mapping[str, dict[str, Any]]
@@ -171,7 +172,7 @@ def load_suite(path: Path) -> Suite:
     """
     if not path.is_file():
         raise ConfigError(f"there is no suite file {path}; build it or name another")
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = lines_of(path.read_text(encoding="utf-8"))
     number = 1
     try:
         header = json.loads(lines[0])

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from evals.suites import CALCULATOR, frozen_task
 from memory.errors import ConfigError, ToolError, boundary
+from memory.jsonl import lines_of
 from memory.records import Message, Task, VerifierSpec
 
 WORKLOAD = "gsm8k"
@@ -27,7 +28,7 @@ def word_problems(path: Path, calculate: Callable[[str], str], calls: int = 3) -
     """
     found: list[tuple[Task, list[Message]]] = []
     with boundary(ConfigError, f"cannot read {path}"):
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = lines_of(path.read_text(encoding="utf-8"))
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)

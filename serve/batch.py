@@ -17,6 +17,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from memory.errors import ConfigError, EngineError, NightschoolError, boundary
+from memory.jsonl import lines_of
 from memory.records import Message, Task, VerifierSpec, content_hash, new_id
 from serve.api.openai_types import check_message
 from serve.client import Client
@@ -67,7 +68,7 @@ def read_tasks(path: Path) -> tuple[list[tuple[int, TaskLine]], list[str]]:
         text = path.read_text(encoding="utf-8")
     good: list[tuple[int, TaskLine]] = []
     broken: list[str] = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(lines_of(text), start=1):
         if not line.strip():
             continue
         try:
@@ -140,7 +141,7 @@ class ResultsFile:
         self.done: dict[int, dict[str, Any]] = {}
         self.run_id = new_id("batch")
         if path.exists():
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+            rows = [json.loads(line) for line in lines_of(path.read_text(encoding="utf-8")) if line.endswith("}")]
             if rows and rows[0].get("tasks_sha256") == source:
                 self.run_id = rows[0]["run"]
                 self.done = {row["line"]: row["reply"] for row in rows[1:]}

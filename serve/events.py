@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from memory.jsonl import lines_of
 from memory.records import now
 
 EVENTS_FILE = "events.jsonl"
@@ -35,5 +36,5 @@ def read_events(folder: Path, after: int = 0) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     complete = path.read_text(encoding="utf-8").rpartition("\n")[0]
-    lines = complete.splitlines() if complete else []
-    return [{"seq": i, **json.loads(line)} for i, line in enumerate(lines) if i >= after and line.startswith("{")]
+    lines = enumerate(lines_of(complete))
+    return [{"seq": i, **json.loads(line)} for i, line in lines if i >= after and line.startswith("{")]

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from memory.errors import TrainingError
+from memory.jsonl import lines_of
 
 COMPLETE = "complete.json"
 """Written into a checkpoint when all its other files are there."""
@@ -139,7 +140,7 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 def told_seconds(path: Path) -> float:
     """The run's wall time by the last event in its progress file; a line that a kill cut short is passed over."""
-    for line in reversed(path.read_text(encoding="utf-8").splitlines() if path.is_file() else []):
+    for line in reversed(lines_of(path.read_text(encoding="utf-8")) if path.is_file() else []):
         with suppress(ValueError):
             return float(json.loads(line)["seconds"])
     return 0.0

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from memory.errors import TrainingError, boundary
+from memory.jsonl import lines_of
 from memory.records import RECALLED, Example, ExampleKind, Message, text_of
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def read_examples(path: Path, kind: ExampleKind) -> list[Example]:
     if not path.is_file():
         return []
     examples = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(lines_of(path.read_text(encoding="utf-8")), start=1):
         if not line.strip():
             continue
         with boundary(TrainingError, f"{path}:{number} is not an example; build the dataset again"):

@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict
 from distill.runs import rendered_tools
 from distill.train.render import end_of_turn, ids_of_prompt
 from memory.errors import TrainingError, boundary
+from memory.jsonl import lines_of
 from memory.records import Message, Trajectory
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def check_served(path: Path, tokenizer: PreTrainedTokenizerBase) -> int:
     if not path.is_file():
         return 0
     with boundary(TrainingError, f"{path} is not what the dataset wrote; build it again"):
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = lines_of(path.read_text(encoding="utf-8"))
         turns = [Served.model_validate_json(line) for line in lines]
     for turn in turns:
         rendered = ids_of_prompt(turn.messages, turn.tools, tokenizer)

@@ -26,6 +26,7 @@ from evals.bench import BenchResult, Figure, result
 from evals.stats import wilson
 from evals.suites import TRAINED_FAMILIES, Suite, load_suite, reasoning_gym_suite, reasoning_gym_tasks, save_suite
 from memory.errors import ConfigError
+from memory.jsonl import lines_of
 from memory.night_records import Evaluation
 from memory.records import Task
 from serve.benches.curve import HELD_OUT, HELD_OUT_SEED, controls
@@ -250,7 +251,7 @@ def home_of(folder: Path, arm: str) -> Path:
 
 def _rows(home: Path) -> int:
     """Rows of the night's SFT file."""
-    return sum(len(path.read_text(encoding="utf-8").splitlines()) for path in home.glob("nights/*/dataset/sft.jsonl"))
+    return sum(len(lines_of(path.read_text(encoding="utf-8"))) for path in home.glob("nights/*/dataset/sft.jsonl"))
 
 
 def memory_exams(home: Path) -> dict[str, tuple[int, int]]:

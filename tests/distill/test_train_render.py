@@ -98,3 +98,9 @@ def test_an_example_of_the_other_kind_is_refused_and_a_missing_file_is_empty(tmp
     with pytest.raises(TrainingError, match="for dpo only"):
         read_examples(tmp_path / "sft.jsonl", ExampleKind.DPO)
     assert read_examples(tmp_path / "dpo.jsonl", ExampleKind.DPO) == []
+
+
+def test_a_pasted_line_end_inside_a_message_cuts_no_example(tmp_path: Path) -> None:
+    pasted = sft([say("user", "One\u2028two\x85three?"), say("assistant", "5")])
+    write_dataset(tmp_path, [pasted])
+    assert [each.messages for each in read_examples(tmp_path / "sft.jsonl", ExampleKind.SFT)] == [pasted.messages]

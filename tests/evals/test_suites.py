@@ -120,6 +120,14 @@ def test_a_broken_line_of_a_suite_file_is_named(tmp_path: Path) -> None:
         load_suite(tmp_path / "missing.jsonl")
 
 
+def test_a_question_with_line_ends_of_its_own_comes_back_whole(tmp_path: Path) -> None:
+    """Pasted text holds U+2028 and the like, and JSON leaves them in its strings."""
+    task = Task(messages=[{"role": "user", "content": "One\u2028two\u2029three\x85four\x1cfive"}], reference="5")
+    suite = Suite(name="pasted", role="held_out", tasks=[EvalTask(key="1", task=task)])
+    save_suite(suite, tmp_path / "pasted.jsonl")
+    assert load_suite(tmp_path / "pasted.jsonl") == suite
+
+
 def test_a_suite_with_a_key_twice_is_refused() -> None:
     item = small().tasks[0]
     with pytest.raises(ValueError, match="twice"):

@@ -35,6 +35,15 @@ def test_broken_lines_are_named_by_number_and_the_rest_is_read(tmp_path: Path) -
     assert "robot" in broken[2]
 
 
+def test_line_ends_inside_a_question_or_a_reply_cut_no_line(tmp_path: Path) -> None:
+    tasks, results = tmp_path / "tasks.jsonl", tmp_path / "results.jsonl"
+    tasks.write_text('{"prompt": "One\u2028two?"}\n{"prompt": "Three\x85four?"}\n', encoding="utf-8")
+    good, broken = read_tasks(tasks)
+    assert ([number for number, _ in good], broken) == ([1, 2], [])
+    ResultsFile(results, tasks).add(1, {"answer": "five\u2028six"})
+    assert ResultsFile(results, tasks).done == {1: {"answer": "five\u2028six"}}
+
+
 def test_a_missing_file_is_said(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nothing\.jsonl"):
         read_tasks(tmp_path / "nothing.jsonl")

@@ -16,6 +16,11 @@ def test_events_come_back_in_order_with_their_numbers(tmp_path: Path) -> None:
     assert last["data"] == {"message": "the trainer's own word", "stage": "sft"}
 
 
+def test_words_of_users_with_line_ends_of_their_own_break_no_event(tmp_path: Path) -> None:
+    emitter(tmp_path)("practice", "tried", workload="pasted\u2028from a page\x85")
+    assert [e["data"]["workload"] for e in read_events(tmp_path)] == ["pasted\u2028from a page\x85"]
+
+
 def test_a_half_written_line_waits(tmp_path: Path) -> None:
     emitter(tmp_path)("dataset", "done")
     with (tmp_path / EVENTS_FILE).open("a") as file:
