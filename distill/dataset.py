@@ -29,7 +29,7 @@ from distill.train.served import FILE as SERVED
 from distill.train.served import Served, served_turns
 from memory.errors import ConflictError, NotEnoughExperienceError, TrainingError, boundary
 from memory.recall import Recaller
-from memory.records import Example, ExampleKind, Task, Trajectory, content_hash, text_of
+from memory.records import RECALLED, Example, ExampleKind, Feedback, Task, Trajectory, content_hash, text_of
 
 MANIFEST = "manifest.json"
 FILES = {ExampleKind.SFT: "sft.jsonl", ExampleKind.DPO: "dpo.jsonl"}
@@ -38,7 +38,7 @@ UNTRAINED = "preference pairs while train.dpo_epochs is 0"
 
 class DatasetConfig(BaseModel):
     """What may enter a dataset, and how memory is shown in it. Caps count an example and its copy
-    without memory once."""
+    without memory once; replay fills what the new examples leave."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -53,7 +53,7 @@ class DatasetConfig(BaseModel):
     """Examples of one kind for questions that are nearly the same."""
     max_per_author: int = Field(default=128, ge=1)
     """Examples resting on one author's feedback, or on nobody's and one named user's requests, in absolute numbers:
-    nobody can drown the others."""
+    nobody can drown the others. An example that any full author stands behind stays out."""
     max_per_workload: int = Field(default=2000, ge=1)
     """Examples of one kind of one workload."""
     min_examples: int = Field(default=8, ge=1)
@@ -75,6 +75,8 @@ class Dataset:
     """The snapshot's seed."""
     served: list[Served] = field(default_factory=list)
     """Turns as the engine saw them, by which the trainer checks its own rendering."""
+    champion: int | None = None
+    memory_watermark: str = ""
 
 
 class DatasetFile(BaseModel):
@@ -103,6 +105,10 @@ class Manifest(BaseModel):
     """Ids of the trajectories and feedback that the examples rest on."""
     config: DatasetConfig
     seed: int
+    champion: int | None = None
+    """The generation that the night goes on from."""
+    memory_watermark: str = ""
+    """What memory held when the recalled blocks were asked for; as of an evaluation."""
 
 
 def build(
@@ -215,6 +221,8 @@ def write(dataset: Dataset, folder: Path) -> Manifest:
         sources=sorted({source for e in dataset.examples for source in e.sources}),
         config=dataset.config,
         seed=dataset.seed,
+        champion=dataset.champion,
+        memory_watermark=dataset.memory_watermark,
     )
     with boundary(TrainingError, f"cannot write the dataset {folder}; check the disk and its permissions"):
         if folder.exists() and any(folder.iterdir()):
@@ -239,12 +247,65 @@ def read_manifest(folder: Path) -> Manifest | None:
     return manifest
 
 
+class Caps:
+    """How far the caps are filled. An example and its copy without memory count once."""
+
+    def __init__(self, config: DatasetConfig, tasks: Mapping[str, Task], feedback: Iterable[Feedback]) -> None:
+        """`tasks`: those of all examples that will be asked about; `feedback` names who stands behind them."""
+        self._config = config
+        self._tasks = tasks
+        self._authors = {f.id: (f.tenant, f.voice) for f in feedback}
+        self._said = {id: _asked(task) for id, task in tasks.items()}
+        self._leaders = clusters(self._said.values())
+        self._counted: Counter[tuple[str, ...]] = Counter()
+        self._laid_out: Counter[tuple[str, bool]] = Counter()
+
+    def reached(self, example: Example) -> str | None:
+        """The first cap that leaves no room for an example, by the setting's name."""
+        for name, keys in self._keys(example).items():
+            if any(self._counted[key] >= getattr(self._config, name) for key in keys):
+                return name
+        return None
+
+    def count(self, example: Example) -> None:
+        """Let an example fill its caps."""
+        self._counted.update(key for keys in self._keys(example).values() for key in keys)
+
+    def holds(self, example: Example) -> None:
+        """Count an example as it was laid out, if it is not the other copy of one that was counted."""
+        if not self._is_copy(example):
+            self.count(example)
+        self._laid_out[_lesson(example), example.with_memory] += 1
+
+    def takes(self, example: Example) -> bool:
+        """Whether there is room for an example as it was laid out; if so it is counted."""
+        if not self._is_copy(example) and self.reached(example) is not None:
+            return False
+        self.holds(example)
+        return True
+
+    def _is_copy(self, example: Example) -> bool:
+        lesson, seen = _lesson(example), example.with_memory
+        return self._laid_out[lesson, seen] < self._laid_out[lesson, not seen]
+
+    def _keys(self, example: Example) -> dict[str, list[tuple[str, ...]]]:
+        """Each cap's setting and whose room the example takes."""
+        task = self._tasks[example.task_id]
+        of = (example.kind.value, example.tenant)
+        authors = {self._authors[source] for source in example.sources if source in self._authors} or _asker(task)
+        return {
+            "max_per_task": [("task", *of, task.fingerprint)],
+            "max_per_cluster": [("cluster", *of, self._leaders[self._said[example.task_id]])],
+            "max_per_author": [("author", *author) for author in authors],
+            "max_per_workload": [("workload", *of, example.workload)],
+        }
+
+
 def _capped(
     snapshot: Snapshot, config: DatasetConfig, candidates: list[Example], dropped: Counter[str]
 ) -> list[Example]:
     """The candidates under all caps. Every question's first example goes before anyone's second, in
     an order of questions that only the seed decides: a cap thins the data evenly."""
-    authors = {f.id: (f.tenant, f.voice) for f in snapshot.feedback}
     of_task: Counter[tuple[str, str, str]] = Counter()
     ranked: list[tuple[int, str, int, Example]] = []
     for position, example in enumerate(candidates):
@@ -252,31 +313,23 @@ def _capped(
         question = (example.kind.value, example.tenant, fingerprint)
         ranked.append((of_task[question], _digest(snapshot, config, *question), position, example))
         of_task[question] += 1
-    said = {id: _asked(snapshot.tasks[id]) for id in {example.task_id for example in candidates}}
-    leaders = clusters(said.values())
-    of_cluster: Counter[tuple[str, str, str]] = Counter()
-    of_author: Counter[tuple[str, str]] = Counter()
-    of_workload: Counter[tuple[str, str, str]] = Counter()
+    caps = Caps(config, {e.task_id: snapshot.tasks[e.task_id] for e in candidates}, snapshot.feedback)
     chosen: list[Example] = []
     for rank, _, _, example in sorted(ranked, key=lambda entry: entry[:3]):
-        workload = (example.kind.value, example.tenant, example.workload)
-        cluster = (example.kind.value, example.tenant, leaders[said[example.task_id]])
-        its_authors = {authors[source] for source in example.sources if source in authors}
-        its_authors = its_authors or _asker(snapshot.tasks[example.task_id])
-        if rank >= config.max_per_task:
-            dropped["over max_per_task"] += 1
-        elif of_cluster[cluster] >= config.max_per_cluster:
-            dropped["over max_per_cluster"] += 1
-        elif its_authors and all(of_author[author] >= config.max_per_author for author in its_authors):
-            dropped["over max_per_author"] += 1
-        elif of_workload[workload] >= config.max_per_workload:
-            dropped["over max_per_workload"] += 1
+        reached = "max_per_task" if rank >= config.max_per_task else caps.reached(example)
+        if reached is not None:
+            dropped[f"over {reached}"] += 1
         else:
-            of_author.update(its_authors)
-            of_workload[workload] += 1
-            of_cluster[cluster] += 1
+            caps.count(example)
             chosen.append(example)
     return chosen
+
+
+def _lesson(example: Example) -> str:
+    """Hash of what an example and its copy without memory have in common."""
+    taught = [m for m in example.messages if m.get("name") != RECALLED and m.get("role") != "system"]
+    of = [example.kind, example.tenant, example.recipe, example.task_id, *example.sources]
+    return content_hash([of, taught, example.chosen, example.rejected])
 
 
 def _asker(task: Task) -> set[tuple[str, str]]:

@@ -8,16 +8,23 @@ examples follows from their hash and the seed, so the same snapshot gives the sa
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from memory.night_records import Evaluation
 from memory.records import Example, ExampleKind, content_hash
 
 
 def replay(
-    earlier: Iterable[Example], *, new: int, share: float, seed: int, shares: Mapping[str, float] | None = None
+    earlier: Iterable[Example],
+    *,
+    new: int,
+    share: float,
+    seed: int,
+    shares: Mapping[str, float] | None = None,
+    fits: Callable[[Example], bool] = lambda _: True,
 ) -> list[Example]:
-    """`share` earlier SFT examples for each of `new` ones, workloads in turn, without repeats.
+    """`share` earlier SFT examples for each of `new` ones, workloads in turn, without repeats, of those that `fits`
+    lets through; it is asked once for each, in an order that only the seed decides.
 
     With `shares` (`replay_shares`) each workload has its own instead, divided by the number of workloads: equal
     shares come to the same total as one.
@@ -25,13 +32,14 @@ def replay(
     by_workload: dict[str, list[Example]] = {}
     unique = {e.content_hash: e for e in earlier if e.kind is ExampleKind.SFT}
     for example in sorted(unique.values(), key=lambda e: content_hash([seed, e.content_hash])):
-        by_workload.setdefault(example.workload, []).append(example)
+        if fits(example):
+            by_workload.setdefault(example.workload, []).append(example)
     if shares is not None:
         for workload, examples in by_workload.items():
             del examples[round(new * shares.get(workload, share) / len(by_workload)) :]
         wanted = sum(map(len, by_workload.values()))
     else:
-        wanted = min(round(new * share), len(unique))
+        wanted = min(round(new * share), sum(map(len, by_workload.values())))
     picked: list[Example] = []
     while len(picked) < wanted:
         for workload in sorted(by_workload):

@@ -8,7 +8,7 @@ from typing import Any
 
 from agent.llm import ChatRequest
 from agent.prompts import compose
-from distill.dataset import Dataset, DatasetConfig, build, build_uploaded, read_manifest, served_of, write
+from distill.dataset import Caps, Dataset, DatasetConfig, build, build_uploaded, read_manifest, served_of, write
 from distill.rehearsal import RECIPE, Answer, rehearse
 from distill.replay import replay, replay_shares, retention
 from distill.snapshot import Snapshot
@@ -32,6 +32,7 @@ def make_dataset(run: NightRun) -> Output:
     services, settings, snap = run.services, run.services.settings, load_snapshot(run)
     folder = run.folder / "dataset"
     if (manifest := read_manifest(folder)) is None:
+        memory = services.ledger.memory_watermark()
         config = settings.dataset.model_copy(update={"min_examples": settings.night.min_examples})
         if "training_file" in run.night.options:
             dataset = _uploaded(run, snap, config)
@@ -47,6 +48,8 @@ def make_dataset(run: NightRun) -> Output:
             dataset,
             examples=[*dataset.examples, *again, *general],
             counts={**dataset.counts, "replay": len(again), RECIPE: len(general)},
+            champion=run.done("snapshot")["champion"],
+            memory_watermark=memory,
         )
         services.ledger.set_examples(run.night.id, dataset.examples)
         manifest = write(dataset, folder)
@@ -98,14 +101,16 @@ def _base_answer(services: Services) -> Answer:
 def replayed(run: NightRun, snap: Snapshot, new: Sequence[Example]) -> list[Example]:
     """Earlier nights' examples to train on beside `new` ones, of nights that the champion comes from. A question that
     has examples today is not replayed: today's word on it is the later one. Nor is what rests on a word that was
-    rejected since. When the night starts from the base model,
+    rejected since, nor what the caps leave no room for beside the new ones. When the night starts from the base model,
     all runs are new again, and only what uploaded files taught is replayed, all of it."""
-    ledger, settings = run.services.ledger, run.services.settings
-    line = promotion.ancestry(ledger)
+    ledger, settings, drawn = run.services.ledger, run.services.settings, run.done("snapshot")
+    champion, began = drawn["champion"], run.night.created_at
+    line = promotion.ancestry(ledger, champion)
     past = [n for n in ledger.nights() if n.status is NightStatus.PROMOTED and n.candidate in line]
     earlier = [example for night in past for example in ledger.examples(night.id) if example.recipe != RECIPE]
     tasks = ledger.tasks({example.task_id for example in [*earlier, *new]})
-    rejected = {said.id for said in ledger.feedback() if said.trust is Trust.REJECTED}
+    heard = ledger.feedback(upto_seq=drawn["upto"]["feedback"])
+    rejected = {said.id for said in heard if said.trust is Trust.REJECTED}
     today = {(e.tenant, tasks[e.task_id].fingerprint) for e in new if e.task_id in tasks}
     allowed = [
         e
@@ -119,8 +124,13 @@ def replayed(run: NightRun, snap: Snapshot, new: Sequence[Example]) -> list[Exam
         return list({e.id: e for e in uploaded if e.kind is ExampleKind.SFT or trains_on_pairs(run)}.values())
     share, shares = settings.night.replay_share, None
     if settings.night.replay_schedule == "retention":
-        champion = run.done("snapshot")["champion"]
-        served = [p.to_generation for p in ledger.promotions() if p.to_generation != champion]
-        shares = replay_shares(share, *retention(ledger.evaluations(), [*served, champion]))
+        served = [p.to_generation for p in ledger.promotions() if p.at <= began and p.to_generation != champion]
+        measured = [e for e in ledger.evaluations() if e.created_at <= began]
+        shares = replay_shares(share, *retention(measured, [*served, champion]))
         run.emit("dataset", "replay shares by retention", shares=shares)
-    return replay(allowed, new=len(new), share=share, seed=settings.dataset.seed, shares=shares)
+    caps = Caps(settings.dataset, tasks, heard)
+    for example in new:
+        if example.task_id in tasks:
+            caps.holds(example)
+    seed = settings.dataset.seed
+    return replay(allowed, new=len(new), share=share, seed=seed, shares=shares, fits=caps.takes)

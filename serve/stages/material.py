@@ -34,8 +34,8 @@ def snapshot(run: NightRun) -> Output:
     tainted = must_start_from_base(ledger.database, ledger.champion())
     start = "base" if tainted else settings.night.train_from
     asked = run.night.options.get("since")
-    since = learned_upto(ledger) if start == "champion" and not asked else {"trajectory": 0, "feedback": 0}
     champion = ledger.champion().number
+    since = learned_upto(ledger, champion) if start == "champion" and not asked else {"trajectory": 0, "feedback": 0}
     upto = ledger.watermark()
     serve = ledger.trajectories(after_seq=since["trajectory"], upto_seq=upto["trajectory"], purpose=DAYS)
     new = sum(_ended(t) >= datetime.fromisoformat(asked) for t in serve) if asked else len(serve)
@@ -46,10 +46,10 @@ def snapshot(run: NightRun) -> Output:
     return {**drawn, "since_time": asked}
 
 
-def learned_upto(ledger: Ledger) -> dict[str, int]:
-    """The line up to which the champion has learned all that the days brought: by kind of record, its last seq. What
+def learned_upto(ledger: Ledger, champion: int) -> dict[str, int]:
+    """The line up to which a champion has learned all that the days brought: by kind of record, its last seq. What
     only a generation knows that was rolled back since is still to be learned."""
-    known, line = promotion.ancestry(ledger), {"trajectory": 0, "feedback": 0}
+    known, line = promotion.ancestry(ledger, champion), {"trajectory": 0, "feedback": 0}
     for night in ledger.nights():
         stage = ledger.stage(night.id, "snapshot")
         whole = not any(night.options.get(name) for name in PARTIAL)

@@ -25,7 +25,8 @@ def nothing_new(run: NightRun, material: Snapshot) -> str | None:
     drawn = run.done("snapshot")
     if told or not config.min_failures or must_start_from_base(ledger.database, ledger.generation(drawn["champion"])):
         return None
-    since, upto = drawn["since"] if options.get("since") else learned_upto(ledger), drawn["upto"]
+    since = drawn["since"] if options.get("since") else learned_upto(ledger, drawn["champion"])
+    upto = drawn["upto"]
     made = ledger.trajectories(after_seq=since["trajectory"], upto_seq=upto["trajectory"], purpose=DAYS)
     said = ledger.feedback(after_seq=since["feedback"], upto_seq=upto["feedback"])
     fresh = {t.id for t in made} | {f.trajectory_id for f in said}

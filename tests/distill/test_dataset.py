@@ -15,14 +15,16 @@ from distill.recipes import RECIPES
 from distill.snapshot import Snapshot
 from memory.errors import ConfigError, ConflictError, NotEnoughExperienceError, TrainingError
 from memory.recall import NoMemory
-from memory.records import RECALLED, Example, ExampleKind, Step
+from memory.records import RECALLED, Example, ExampleKind, FeedbackKind, Step, Trust
 from tests.distill.samples import (
     SYSTEM,
     OneRun,
+    at,
     call,
     compose,
     corrected,
     correction,
+    feedback,
     result,
     say,
     snapshot,
@@ -176,6 +178,19 @@ def test_a_thousand_corrections_of_one_author_do_not_drown_the_others():
     by_author = Counter("eve" if e.task_id < "task_2000" else "ann" for e in data.examples)
     assert by_author == {"eve": 30, "ann": 20}
     assert data.dropped == {"over max_per_author": 970}
+
+
+def test_an_author_whose_cap_is_full_does_not_go_on_beside_new_names():
+    pairs, said = [], []
+    for n in range(20):
+        bad = trajectory(task(n), [say("no idea")], 0.0, id=f"traj_{n}_bad")
+        good = trajectory(task(n), solve(n), id=f"traj_{n}_good", started_at=at(60))
+        pairs += [(task(n), bad), (task(n), good)]
+        for name in ("eve", f"friend {n}"):
+            said.append(feedback(bad, FeedbackKind.SCORE, 0.0, name, trust=Trust.TRUSTED))
+    data = made_of(snapshot(*pairs, said=said), ["dissatisfaction"], max_per_author=12)
+    assert data.counts == {"dissatisfaction": 12}
+    assert data.dropped == {"over max_per_author": 8}
 
 
 def test_the_cap_of_a_workload_spares_the_others_and_thins_questions_evenly():

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
+from distill.dataset import DatasetConfig
 from distill.snapshot import Snapshot
 from memory import approvals
 from memory.ledger import Ledger
 from memory.night_records import Evaluation, Generation, GenerationStatus, Night, NightStatus, TaskOutcome
-from memory.records import Example, ExampleKind, Task, Trust
+from memory.records import RECALLED, Example, ExampleKind, Task, Trust
 from serve import promotion
 from serve.settings import NightConfig
 from serve.stages.dataset import replayed
@@ -69,9 +70,11 @@ def measured(generation: int, sums: float, night_id: str) -> Evaluation:
 
 
 def drawn_tonight(ledger: Ledger, folder: Path, new: list[Example], **night: Any) -> list[Example]:
-    settings = settings_in(folder, night=NightConfig(**{"replay_share": 0.5, **night}))
+    caps = DatasetConfig(**{name: night.pop(name) for name in list(night) if name.startswith("max_per_")})
+    drawn: dict[str, Any] = {"champion": ledger.champion().number, "upto": ledger.watermark()}
+    drawn |= {name: night.pop(name) for name in ("champion", "train_from") if name in night}
+    settings = settings_in(folder, night=NightConfig(**{"replay_share": 0.5, **night}), dataset=caps)
     services: Any = SimpleNamespace(ledger=ledger, settings=settings)
-    drawn = {"champion": 2, "train_from": night.get("train_from", "champion")}
     run = NightRun(services, Night(id="night_3"), lambda *_, **__: None, lambda _stage: drawn)
     return replayed(run, Snapshot([], [], {}), new)
 
@@ -136,3 +139,44 @@ def test_what_rests_on_a_word_that_was_rejected_since_is_not_replayed(ledger: Le
     assert planted in drawn_tonight(ledger, tmp_path, new, replay_share=4.0)
     approvals.decide(ledger.database, said.id, Trust.REJECTED, "it is wrong", tenant=task.tenant, by="operator")
     assert planted not in drawn_tonight(ledger, tmp_path, new, replay_share=4.0)
+
+
+def test_replay_takes_what_the_caps_leave_beside_the_new_examples(ledger: Ledger, tmp_path: Path) -> None:
+    def corrected(question: str, author: str) -> list[Example]:
+        """A laid out correction by `author`, with memory and without."""
+        task = samples.task(question)
+        run = samples.trajectory(task)
+        said = samples.feedback(run).model_copy(update={"author": author})
+        ledger.add_run(task, run)
+        ledger.add_feedback(said)
+        fields: dict[str, Any] = {"kind": ExampleKind.SFT, "task_id": task.id, "sources": [run.id, said.id]}
+        shown = {"role": "user", "content": "a past run", "name": RECALLED}
+        return [
+            Example(recipe="corrections", messages=[*block, *task.messages], with_memory=bool(block), **fields)
+            for block in ([shown], [])
+        ]
+
+    def drawn(**caps: int) -> Counter[str]:
+        found = drawn_tonight(ledger, tmp_path, new, replay_share=4.0, **caps)
+        return Counter(author_of[e.id] for e in found)
+
+    new = [row for n in range(6) for row in corrected(f"Which of {n} hills is highest?", "eve")]
+    earlier = {
+        name: [row for n in range(8) for row in corrected(f"Where did {name} put {n} keys?", name)]
+        for name in ("eve", "ann")
+    }
+    author_of = {row.id: name for name, rows in earlier.items() for row in rows}
+    ledger.set_examples("night_1", [])
+    ledger.set_examples("night_2", [*earlier["eve"], *earlier["ann"]])
+    assert drawn() == {"eve": 16, "ann": 16}
+    assert drawn(max_per_author=7) == {"eve": 2, "ann": 14}, "lessons, each with its copy without memory"
+    assert drawn(max_per_author=6) == {"ann": 12}
+    assert (drawn(max_per_workload=9).total(), drawn(max_per_workload=6).total()) == (6, 0)
+
+
+def test_a_switch_after_the_line_was_drawn_changes_nothing_of_what_is_replayed(ledger: Ledger, tmp_path: Path) -> None:
+    new = [Example(recipe="successes", kind=ExampleKind.SFT, task_id=f"new_{n}", messages=[]) for n in range(16)]
+    before = drawn_tonight(ledger, tmp_path, new, replay_share=4.0, champion=2)
+    assert before
+    ledger.promote(1, why="worse", by="ada")
+    assert drawn_tonight(ledger, tmp_path, new, replay_share=4.0, champion=2) == before
