@@ -33,7 +33,8 @@ async def run_task(
     """Run one task on one generation.
 
     `sampling`: OpenAI fields that override the agent's own. `trajectory_id`: with a checkpointer, a run
-    that was killed goes on at its last finished step when called again with the same id.
+    that was killed goes on at its last finished step when called again with the same id, task and generation; with
+    another task or generation it begins anew.
 
     A task that fails is data: its error is on the trajectory. Only bugs and cancellation raise, and
     ConfigError for an unknown tool.
@@ -90,14 +91,26 @@ async def _drive(task: Task, context: RunContext, run_id: str) -> tuple[dict[str
         return await _drained(run_plain(task.model_dump(mode="json"), context))
     graph = build_graph(checkpointer)
     thread: Any = {"configurable": {"thread_id": run_id}, "recursion_limit": 4 * context.deps.config.max_turns + 10}
-    begin: Any = {"task": task.model_dump(mode="json")}
-    if checkpointer is not None and (await graph.aget_state(thread)).values:
+    begin: Any = {"task": task.model_dump(mode="json"), "model": context.model.name}
+    left = (await graph.aget_state(thread)).values if checkpointer is not None else {}
+    if left and _goes_on(left, begin):
         begin = None
+    elif left and checkpointer is not None:
+        await checkpointer.adelete_thread(run_id)
     state, error = await _drained(graph.astream(begin, thread, context=context, stream_mode="values"))
     if checkpointer is not None and state.get("stop_reason"):
         # A finished run's checkpoints are dead weight: the trajectory is in the ledger.
         await checkpointer.adelete_thread(run_id)
     return state, error
+
+
+def _goes_on(left: dict[str, Any], begin: dict[str, Any]) -> bool:
+    """Whether a state is of the same question to the same generation: an id comes back with another one when a client
+    uses its idempotency key again."""
+    own = {"id", "created_at"}
+    before, asked = left["task"].items(), begin["task"].items()
+    same = [item for item in before if item[0] not in own] == [item for item in asked if item[0] not in own]
+    return same and left.get("model") == begin["model"]
 
 
 async def _drained(states: AsyncIterator[dict[str, Any]]) -> tuple[dict[str, Any], NightschoolError | None]:

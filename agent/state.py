@@ -98,6 +98,8 @@ class RunState(TypedDict):
     records."""
 
     task: dict[str, Any]
+    model: str
+    """Whose turns these are: nobody else goes on with them."""
     messages: list[Message]
     recalled: list[dict[str, Any]]
     consulted: list[dict[str, Any]]

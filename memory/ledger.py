@@ -179,10 +179,12 @@ class Ledger:
             return rows.read(connection, Feedback, query)
 
     def set_trust(self, feedback_id: str, trust: Trust, reason: str) -> None:
-        """Say whether feedback may teach, and why."""
+        """Say whether quarantined feedback may teach, and why. What was decided meanwhile stays as it is."""
         key = {"id": feedback_id}
         with self._database.writing() as connection:
             standing = rows.find(connection, feedback_table, Feedback, "feedback", key)
+            if standing.trust is not Trust.QUARANTINED:
+                return
             judged = standing.model_copy(update={"trust": trust, "trust_reason": reason})
             rows.put(connection, feedback_table, judged, key)
 
@@ -378,7 +380,7 @@ class Ledger:
             return nights.all_promotions(connection)
 
     def add_night(self, night: Night) -> None:
-        """Add a night."""
+        """Add a night; ConflictError while another one runs."""
         with self._database.writing() as connection:
             nights.add_night(connection, night)
 

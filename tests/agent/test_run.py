@@ -148,6 +148,23 @@ def test_a_checkpoint_holds_only_json(tmp_path: Path) -> None:
         assert kinds(values) <= {dict, list, str, int, float, bool, type(None)}
 
 
+def test_another_generation_or_question_under_the_same_id_begins_anew(tmp_path: Path) -> None:
+    async def story(saver: Any) -> list[Trajectory]:
+        done = []
+        other = Task(messages=[{"role": "user", "content": "What is 2 * 2?"}])
+        for task, model in ((SUM, ModelRef(1, "gen-1@abc")), (other, ModelRef(0, "base"))):
+            with pytest.raises(Killed):
+                await attempt(saver, killed_at(1, ["Action: calc(17*3)"]))
+            deps = AgentDeps(llm=ScriptedModel(["Action: finish(4)"]), checkpointer=saver)
+            done.append(await run_task(task, model, deps, purpose=Purpose.SERVE, trajectory_id=RUN_ID))
+        return done
+
+    for trajectory in with_checkpoints(tmp_path, story):
+        assert [m["role"] for m in trajectory.messages] == ["system", "user", "assistant"]
+        assert trajectory.answer == "4"
+    assert trajectory.messages[1]["content"] == "What is 2 * 2?"
+
+
 def test_cancelling_a_run_raises_and_nothing_else(tmp_path: Path) -> None:
     class Slow(ScriptedModel):
         async def complete(self, request: Any) -> Any:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from memory.approvals import decide
 from memory.errors import ConflictError, LedgerError, NotFoundError
 from memory.ledger import Ledger
 from memory.records import Purpose, Trust
@@ -65,6 +66,18 @@ def test_a_record_written_again_after_it_moved_on_stays_moved_on(ledger: Ledger)
     (judged,) = ledger.feedback()
     assert (judged.trust, judged.trust_reason) == (Trust.TRUSTED, "the verifier agrees")
     ledger.add_feedback(judged)
+
+
+def test_what_was_decided_on_a_word_while_a_night_judged_it_stands(ledger: Ledger):
+    task = samples.task()
+    run = samples.trajectory(task)
+    word = samples.feedback(run)
+    ledger.add_task(task)
+    ledger.add_trajectory(run)
+    ledger.add_feedback(word)
+    decide(ledger.database, word.id, Trust.REJECTED, "a lie", tenant=word.tenant, by="operator")
+    ledger.set_trust(word.id, Trust.TRUSTED, "a second voice said so")
+    assert [said.trust for said in ledger.feedback() if said.id == word.id] == [Trust.REJECTED]
 
 
 def test_a_measure_that_is_no_number_is_refused_in_one_line(ledger: Ledger):
