@@ -96,7 +96,12 @@ def _train(
     finally:
         _end_group(trainer)
     if code != 0:
-        raise TrainingError(failure or f"the trainer died (exit code {code}): {_last_line(log)}")
+        # What is killed has no last word: the log ends with whatever came before.
+        killed = (
+            "it was killed, as for want of memory: a smaller train.batch_size or train.activation_checkpointing helps"
+        )
+        said = killed if code == -signal.SIGKILL else _last_line(log)
+        raise TrainingError(failure or f"the trainer died (exit code {code}): {said}")
 
 
 def _command(job: TrainJob, job_file: Path, python: Path) -> list[str]:

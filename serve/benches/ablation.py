@@ -226,7 +226,8 @@ def night_of(
     with service(settings, home, {**variables, **arm.settings}, console) as client:
         job = live_night(client, 1, console, Timings(home / "seconds.json"))
         if job["nightschool"]["decision"] is None:
-            raise ConfigError(f"the night of {arm.name!r} came to no decision: {job['nightschool']['reasons']}")
+            why = "; ".join(job["nightschool"]["reasons"])
+            raise ConfigError(f"the night of {arm.name!r} came to no decision: {why}; remove {home} to try it again")
         found = evaluations_in(client.get("/v1/evaluations", night=job["id"]))
         exams = exams_of([e for e in found if e.generation == max(e.generation for e in found)])
         if arm.bare_too:
