@@ -97,9 +97,7 @@ def _train(
         _end_group(trainer)
     if code != 0:
         # What is killed has no last word: the log ends with whatever came before.
-        killed = (
-            "it was killed, as for want of memory: a smaller train.batch_size or train.activation_checkpointing helps"
-        )
+        killed = "it was killed, as for want of memory: lower train.batch_size or set train.activation_checkpointing"
         said = killed if code == -signal.SIGKILL else _last_line(log)
         raise TrainingError(failure or f"the trainer died (exit code {code}): {said}")
 
