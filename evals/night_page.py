@@ -81,6 +81,7 @@ def _learned(learned: Learned, dropped: dict[str, int]) -> str:
 
 def _practice(practice: Practice) -> str:
     hinted = f", {practice.hinted} of them for a user's hint" if practice.hinted else ""
+    hinted += f", {practice.complained} of them for a user's complaint" if practice.complained else ""
     told = (
         f"<h2>Practice</h2><p>{practice.tasks} earlier tasks tried again{hinted}: {practice.successes} of "
         f"{practice.tries} tries succeeded, in {practice.tokens} tokens. {practice.examples} examples came from it.</p>"

@@ -84,6 +84,8 @@ class Practice(BaseModel):
     tasks: int
     hinted: int
     """Of the tasks: chosen for a user's hint, not by the bandit."""
+    complained: int = 0
+    """Of the tasks: chosen for a user's complaint, not by the bandit."""
     tries: int
     successes: int
     tokens: int

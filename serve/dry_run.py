@@ -58,8 +58,9 @@ class PracticeForetold(BaseModel):
     budget: int
     """Tasks that the bandit may choose (`night.practice`)."""
     tasks: int
-    """Those to be tried, hinted ones included."""
+    """Those to be tried, all of them."""
     hinted: int
+    complained: int = 0
     tries: int
     workloads: dict[str, int]
     """Workload -> tasks that the bandit would choose."""
@@ -150,7 +151,8 @@ def print_estimate(found: Estimate, console: Console) -> None:
 def _told_of_practice(practice: PracticeForetold) -> str:
     chosen = ", ".join(f"{count} of {workload}" for workload, count in practice.workloads.items())
     hinted = f"{practice.hinted} for a user's hint" if practice.hinted else ""
-    told = ", ".join(part for part in (chosen, hinted) if part) or "none that can be judged"
+    complained = f"{practice.complained} for a user's complaint" if practice.complained else ""
+    told = ", ".join(part for part in (chosen, hinted, complained) if part) or "none that can be judged"
     return f"practice: {practice.tasks} tasks ({told}; budget {practice.budget}), {practice.tries} tries"
 
 
@@ -198,11 +200,12 @@ def _practice(run: NightRun, material: Snapshot) -> PracticeForetold:
     workloads: Counter[str] = Counter()
     for arm in chosen.arms:
         workloads[arm.workload] += arm.chosen
-    tasks = len(chosen.tasks) + len(chosen.hinted)
+    tasks = len(chosen.tasks) + len(chosen.hinted) + len(chosen.complained)
     return PracticeForetold(
         budget=config.practice,
         tasks=tasks,
         hinted=len(chosen.hinted),
+        complained=len(chosen.complained),
         tries=tasks * config.practice_samples,
         workloads={workload: count for workload, count in workloads.items() if count},
     )

@@ -247,6 +247,7 @@ def _practice(
     return Practice(
         tasks=stage["tasks"],
         hinted=stage["hinted"],
+        complained=stage.get("complained", 0),
         tries=stage["tries"],
         successes=stage["successes"],
         tokens=sum(tokens.values()),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
+from datetime import datetime
 
 from distill.partings import MODELS_FAULT, Better, Parting, Question, parting_of
 from distill.runs import by_usefulness, rendered_tools, run_of
@@ -30,7 +31,7 @@ def dissatisfaction(snapshot: Snapshot) -> Iterator[Example]:
         question = (task.tenant, task.fingerprint)
         scores[question].append(outcome.score)
         words = _complaints(snapshot, trajectory)
-        if outcome.success or not words or trajectory.stop_reason not in MODELS_FAULT:
+        if not words:
             continue
         parting = _from_later(trajectory, task, fresh.get(question, []))
         if parting is not None:
@@ -43,8 +44,27 @@ def dissatisfaction(snapshot: Snapshot) -> Iterator[Example]:
         yield pair.model_copy(update={"sources": sorted({*pair.sources, *words})})
 
 
+def unanswered(snapshot: Snapshot) -> set[Question]:
+    """The questions complained about that no own run has solved since: only a fresh sample makes a pair of them."""
+    complained: dict[Question, datetime] = {}
+    for trajectory in snapshot.trajectories:
+        task = snapshot.tasks.get(trajectory.task_id)
+        if task is not None and _complaints(snapshot, trajectory):
+            question = (task.tenant, task.fingerprint)
+            complained[question] = max(complained.get(question, trajectory.started_at), trajectory.started_at)
+    for trajectory, task, _ in snapshot.own_successes():
+        question = (task.tenant, task.fingerprint)
+        if question in complained and trajectory.started_at > complained[question]:
+            del complained[question]
+    return set(complained)
+
+
 def _complaints(snapshot: Snapshot, trajectory: Trajectory) -> list[str]:
-    """The ids of the trusted words that find fault with a run: a score below half, or a correction."""
+    """The ids of the trusted words that find fault with a run, a score below half or a correction; none where the
+    run was right all the same, or was not the model's fault."""
+    outcome = snapshot.outcome(trajectory)
+    if outcome is None or outcome.success or trajectory.stop_reason not in MODELS_FAULT:
+        return []
     said = snapshot.said_of(trajectory)
     scores = [(f.id, score_of(f.value)) for f in said if f.kind is FeedbackKind.SCORE]
     return [id for id, score in scores if score is not None and score < 0.5] + [

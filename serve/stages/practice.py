@@ -11,12 +11,14 @@ import asyncio
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 
 from agent.run import run_task
 from agent.state import AgentDeps
 from distill.hints import Hinted, hints_of
 from distill.partings import Question
 from distill.practice import ArmFigures, Choice, Plan, Try, plan
+from distill.recipes.dissatisfaction import unanswered
 from distill.snapshot import Snapshot, judged_blindly
 from memory.errors import NotFoundError
 from memory.night_records import Generation
@@ -24,6 +26,7 @@ from memory.records import Feedback, Purpose, StopReason, Task, Trajectory
 from serve import counters, promotion
 from serve.stages.material import DAYS, load_snapshot
 from serve.stages.night_run import NightRun, Output
+from serve.stages.training import train_config
 from serve.wiring import Services
 
 PRACTICE = "practice"
@@ -42,6 +45,8 @@ class Chosen:
     arms: list[ArmFigures]
     hinted: list[Task]
     """Besides, for the hints on them."""
+    complained: list[Task]
+    """Besides, for a fresh sample beside the run complained about (`dissatisfaction`)."""
     hints: dict[Question, list[Feedback]]
 
 
@@ -53,13 +58,15 @@ def practise(run: NightRun) -> Output:
     arms = [arm.model_dump() for arm in chosen.arms]
     run.emit(PRACTICE, f"{len(chosen.tasks)} tasks to practise: {told or 'there is none'}", arms=arms)
     champion = ledger.generation(run.done("snapshot")["champion"])
-    tries = run.wait(_tried(run, services, champion, [*chosen.tasks, *chosen.hinted], chosen.hints))
+    tasks = [*chosen.tasks, *chosen.hinted, *chosen.complained]
+    tries = run.wait(_tried(run, services, champion, tasks, chosen.hints))
     counters.practised(tries)
     won = sum(one.success for one in tries)
     run.emit(PRACTICE, f"{won} of {len(tries)} tries succeeded")
     return {
-        "tasks": len(chosen.tasks) + len(chosen.hinted),
+        "tasks": len(tasks),
         "hinted": len(chosen.hinted),
+        "complained": len(chosen.complained),
         "tries": len(tries),
         "successes": won,
         "arms": arms,
@@ -68,7 +75,7 @@ def practise(run: NightRun) -> Output:
 
 
 def chosen_for(run: NightRun, material: Snapshot, budget: int) -> Chosen:
-    """At most `budget` tasks by the bandit, and as many again for their hints."""
+    """At most `budget` tasks by the bandit, and as many again for hints and complaints, in turn."""
     ledger, settings = run.services.ledger, run.services.settings
     upto = run.done("snapshot")["upto"]["trajectory"]
     lived = ledger.trajectories(purpose=(*DAYS, Purpose.PRACTICE), upto_seq=upto, limit=RECENT, newest_first=True)
@@ -76,8 +83,25 @@ def chosen_for(run: NightRun, material: Snapshot, budget: int) -> Chosen:
     samples, seed = settings.night.practice_samples, settings.dataset.seed
     plan = plan_of(lived[::-1], tasks, material, budget=budget, samples=samples, seed=seed)
     hints = hints_of(material)
-    hinted = [task for task in _hinted(material, set(hints)) if task.id not in plan.task_ids]
-    return Chosen([tasks[id] for id in plan.task_ids], plan.arms, hinted[:budget], hints)
+    complaints = unanswered(material) - set(hints) if _wants_fresh_samples(run) else set[Question]()
+    hinted, complained = (
+        [task for task in _to_try(material, questions) if task.id not in plan.task_ids]
+        for questions in (set(hints), complaints)
+    )
+    in_turn = [task.id for turn in zip_longest(hinted, complained) for task in turn if task is not None][:budget]
+    return Chosen(
+        tasks=[tasks[id] for id in plan.task_ids],
+        arms=plan.arms,
+        hinted=[task for task in hinted if task.id in in_turn],
+        complained=[task for task in complained if task.id in in_turn],
+        hints=hints,
+    )
+
+
+def _wants_fresh_samples(run: NightRun) -> bool:
+    """Whether tonight makes pairs of complaints."""
+    recipes = run.night.options.get("recipes") or run.services.settings.night.recipes
+    return "dissatisfaction" in recipes and train_config(run).dpo_epochs > 0
 
 
 def plan_of(
@@ -99,7 +123,7 @@ def _practicable(task: Task, material: Snapshot) -> bool:
     return judged and not task.client_tools and material.held_out_reason(task) is None
 
 
-def _hinted(material: Snapshot, questions: set[Question]) -> list[Task]:
+def _to_try(material: Snapshot, questions: set[Question]) -> list[Task]:
     """A task for each of these questions that can be tried."""
     found = {
         (task.tenant, task.fingerprint): task

@@ -82,7 +82,9 @@ def test_the_estimate_reads_on_one_screen() -> None:
         feedback={"trusted": 20, "quarantined": 4},
         examples={"corrections": 20, "rehearsal": 32},
         dropped={"held out": 3},
-        practice=PracticeForetold(budget=8, tasks=9, hinted=2, tries=36, workloads={"sums": 4, "gcd": 3}),
+        practice=PracticeForetold(
+            budget=8, tasks=10, hinted=2, complained=1, tries=40, workloads={"sums": 4, "gcd": 3}
+        ),
         teacher=TeacherForetold(runs=5, right=4, examples=3),
         cost=cost,
     )
@@ -95,7 +97,7 @@ def test_the_estimate_reads_on_one_screen() -> None:
         "20 trusted, 4 quarantined",
         "left out: held out",
         "90 s in all",
-        "9 tasks (4 of sums, 3 of gcd, 2 for a user's hint; budget 8), 36 tries",
+        "10 tasks (4 of sums, 3 of gcd, 2 for a user's hint, 1 for a user's complaint; budget 8), 40 tries",
         "5 runs, 4 of them right, 3 examples",
     ):
         assert told in shown

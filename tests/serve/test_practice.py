@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from distill.dataset import read_manifest
 from distill.recipes.successes import successes
+from distill.train.config import TrainConfig
 from evals.night_page import render_night
 from memory.errors import LedgerError
-from memory.night_records import Night, NightStatus
-from memory.records import Outcome, OutcomeSource, Purpose, Task, Trajectory
+from memory.night_records import Generation, GenerationStatus, Night, NightStatus
+from memory.records import ExampleKind, FeedbackKind, Outcome, OutcomeSource, Purpose, Task, Trajectory, Trust
 from serve import counters, dry_run
 from serve.events import read_events
 from serve.night import run_stage
 from serve.reports import night_report
 from serve.settings import NightConfig
 from serve.stages import STAGES, stages_of
+from serve.stages.dataset import make_dataset
 from serve.stages.material import load_snapshot, suites_of
 from serve.stages.night_run import NightRun
+from serve.stages.practice import chosen_for
 from serve.wiring import Services
 from tests.memory import samples
 from tests.serve.fakes import running, settings_in
@@ -31,10 +37,11 @@ TASKS, SAMPLES = 3, 2
 @pytest.fixture
 def services(tmp_path: Path) -> Iterator[Services]:
     practice = {"practice": TASKS, "practice_samples": SAMPLES, "practice_temperature": 0.7}
-    night = NightConfig(**practice, held_out_share=0.3, controls=["chat"], concurrency=1)
+    night = NightConfig(**practice, held_out_share=0.3, controls=["chat"], concurrency=1, rehearsal=0, min_examples=1)
     # One try after the other: of two tries of a task one is right, whatever ids and seeds chance gave out.
     answers = cycle((5, 6))
-    with running(settings_in(tmp_path, night=night), lambda _: f"Action: finish({next(answers)})") as (_, made):
+    settings = settings_in(tmp_path, night=night, train=TrainConfig(dpo_epochs=1))
+    with running(settings, lambda _: f"Action: finish({next(answers)})") as (_, made):
         for number in range(12):
             serve(made, samples.task(f"What is {number} + {5 - number}?"), success=number % 2 == 0)
         serve(made, samples.task("Tell me a story.").model_copy(update={"reference": None}), success=None)
@@ -48,9 +55,9 @@ def serve(services: Services, task: Task, success: bool | None) -> Trajectory:
     return run
 
 
-def begun(services: Services) -> NightRun:
+def begun(services: Services, **options: Any) -> NightRun:
     """A night that has drawn its line."""
-    night = Night(options={"practice": TASKS})
+    night = Night(options={"practice": TASKS, **options})
     services.ledger.add_night(night)
     run_stage(night.id, "snapshot")
     return run_of(services, night)
@@ -172,6 +179,78 @@ def test_a_dry_run_foretells_practice_and_the_report_tells_what_came_of_it(servi
     assert "Practice" in render_night(report)
     others = night_report(ledger, run.night, "m", tenant="rival").practice
     assert others == told.model_copy(update={"workloads": []})
+
+
+def complain(services: Services, question: str) -> Trajectory:
+    """A run that failed and that a trusted word finds fault with."""
+    task, failed = samples.task(question), Outcome(score=0.0, by=OutcomeSource.VERIFIER)
+    run = samples.trajectory(task, "I would rather not.")
+    run = run.model_copy(update={"outcome": failed, "tools": services.settings.agent.tools})
+    services.ledger.add_run(task, run)
+    score = {"kind": FeedbackKind.SCORE, "value": 0.0, "trust": Trust.TRUSTED}
+    services.ledger.add_feedback(samples.feedback(run).model_copy(update=score))
+    return run
+
+
+def test_questions_complained_about_are_tried_again_and_the_fresh_success_is_put_over_the_complaint(
+    services: Services,
+) -> None:
+    ledger = services.ledger
+    asked = {q: complain(services, q) for q in ("Name a prime.", "How many fingers?", "Which digit is odd?")}
+    solved = complain(services, "How many days does a working week have?")
+    again = samples.trajectory(ledger.tasks([solved.task_id])[solved.task_id])
+    ledger.add_trajectory(again.model_copy(update={"outcome": Outcome(score=1.0, by=OutcomeSource.VERIFIER)}))
+
+    plain = begun(services)
+    assert chosen_for(plain, load_snapshot(plain), TASKS).complained == []
+    ledger.end_night(plain.night.id, NightStatus.SKIPPED, [])
+    run = begun(services, recipes=["dissatisfaction"])
+    material = load_snapshot(run)
+    may_teach = {q for q, on in asked.items() if not material.held_out_reason(material.tasks[on.task_id])}
+    assert may_teach
+    chosen = chosen_for(run, material, TASKS)
+    assert len(chosen.tasks) == TASKS
+    assert {t.question for t in [*chosen.complained, *chosen.tasks]} >= may_teach
+    assert {t.question for t in chosen.complained} <= may_teach
+    assert chosen.complained, "the bandit alone would not have tried all of them"
+    assert len(chosen_for(run, material, 1).complained) <= 1
+
+    run_stage(run.night.id, "practice")
+    output = run.done("practice")
+    told = night_report(ledger, run.night, "m").practice
+    assert told is not None
+    assert told.complained == output["complained"]
+    assert (output["tasks"], output["complained"]) == (TASKS + len(chosen.complained), len(chosen.complained))
+    run_stage(run.night.id, "dataset")
+    pairs = {e.messages[-1]["content"]: e for e in ledger.examples(run.night.id) if e.recipe == "dissatisfaction"}
+    assert set(pairs) == may_teach
+    for question, pair in pairs.items():
+        assert pair.kind is ExampleKind.DPO
+        assert ("5" in str(pair.chosen), "I would rather not." in str(pair.rejected)) == (True, True)
+        assert asked[question].id in pair.sources
+
+
+def test_a_dataset_stage_that_runs_again_gives_the_same_bytes_whatever_came_after_the_line(services: Services) -> None:
+    samples.remember(services.ledger, "What is 9 - 4?")
+    complain(services, "Name a prime.")
+    run = begun(services, recipes=["successes", "dissatisfaction"])
+    run_stage(run.night.id, "practice")
+    folder = run.folder / "dataset"
+
+    def made() -> dict[str, bytes]:
+        make_dataset(run)
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    before, manifest = made(), read_manifest(folder)
+    assert manifest is not None
+    assert (manifest.champion, manifest.memory_watermark) == (0, services.ledger.memory_watermark())
+    assert manifest.memory_watermark
+    shutil.rmtree(folder)
+    services.ledger.add_generation(Generation(number=1, base_model="m", status=GenerationStatus.CANDIDATE))
+    services.ledger.promote(1, why="by hand", by="ada")
+    complain(services, "How many fingers?")
+    serve(services, samples.task("What is 50 - 45?"), success=True)
+    assert made() == before
 
 
 def test_a_night_of_an_older_version_keeps_its_steps() -> None:
