@@ -179,7 +179,11 @@ def _last_promotion(connection: Connection) -> Promotion | None:
 
 
 def add_night(connection: Connection, night: Night) -> None:
-    """Add a night."""
+    """Add a night; ConflictError while another one runs. (One transaction writes at a time: no two get past this.)"""
+    others = select(nights.c.id).where(nights.c.status == NightStatus.RUNNING, nights.c.id != night.id)
+    running = connection.execute(others).scalars().first()
+    if running is not None:
+        raise ConflictError(f"night {running} is running; wait for it or cancel it")
     rows.add(connection, nights, night, "night", {"id": night.id}, status=night.status)
 
 

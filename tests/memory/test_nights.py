@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import pytest
 
@@ -128,6 +129,27 @@ def test_a_night_ends_once(ledger: Ledger):
     assert ledger.nights() == [kept]
 
 
+def test_of_nights_that_begin_at_once_one_does(ledger: Ledger):
+    nights, together = [Night() for _ in range(4)], Barrier(4)
+
+    def begin(night: Night) -> str | None:
+        together.wait()
+        try:
+            ledger.add_night(night)
+        except ConflictError as exc:
+            return str(exc)
+        return None
+
+    with ThreadPoolExecutor(4) as pool:
+        refused = [said for said in pool.map(begin, nights) if said is not None]
+    [begun] = ledger.nights()
+    assert len(refused) == 3
+    assert set(refused) == {f"night {begun.id} is running; wait for it or cancel it"}
+    ledger.add_night(begun)
+    ledger.end_night(begun.id, NightStatus.SKIPPED, [])
+    ledger.add_night(nights[0] if nights[0].id != begun.id else nights[1])
+
+
 def test_the_first_output_of_a_stage_stays(ledger: Ledger):
     night = Night()
     ledger.add_night(night)
@@ -154,6 +176,7 @@ def test_what_an_attempt_that_died_wrote_gives_way_to_the_next_ones_examples(led
 def test_a_nights_examples_are_kept_once_and_all_or_none(ledger: Ledger):
     night, later = Night(), Night()
     ledger.add_night(night)
+    ledger.end_night(night.id, NightStatus.SKIPPED, [])
     ledger.add_night(later)
     made = [samples.example(samples.task(f"{i}?")) for i in range(4)]
     ledger.set_examples(night.id, made[:2])

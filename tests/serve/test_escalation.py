@@ -23,7 +23,7 @@ from memory.embed import load_embedder
 from memory.errors import ConfigError
 from memory.escalations import Budget, Escalation, Reason, Status
 from memory.ledger import Ledger
-from memory.night_records import Night, StageRun
+from memory.night_records import Night, NightStatus, StageRun
 from memory.records import Outcome, OutcomeSource, Purpose, StopReason, Task, Trajectory
 from serve import promotion
 from serve.counters import COUNTED
@@ -228,7 +228,7 @@ def fell_asleep(ledger: Ledger) -> Night:
     ledger.add_night(night)
     drawn = {"champion": 0, "runs": 0, "upto": ledger.watermark()}
     ledger.record_stage(StageRun(night_id=night.id, stage="snapshot", output=drawn, seconds=0.0))
-    return night
+    return ledger.end_night(night.id, NightStatus.SKIPPED, [])
 
 
 def test_the_report_tells_the_help_of_the_day_and_of_each_generation(ledger: Ledger) -> None:

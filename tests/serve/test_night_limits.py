@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from memory.errors import ConfigError, NotFoundError
 from memory.ledger import Ledger
-from memory.night_records import Generation, GenerationStatus, Night, StageRun
+from memory.night_records import Generation, GenerationStatus, Night, NightStatus, StageRun
 from memory.records import Purpose, StopReason, Task, Trajectory, now
 from serve import promotion
 from serve.api.fine_tuning import JobRequest
@@ -118,6 +118,7 @@ def slept(ledger: Ledger) -> None:
     for stage, seconds in (("dataset", 5.0), ("train", 20.0), ("evaluate", 30.0)):
         output = {"tokens": 1000, "seconds": 20.0} if stage == "train" else {}
         ledger.record_stage(StageRun(night_id=night.id, stage=stage, output=output, seconds=seconds))
+    ledger.end_night(night.id, NightStatus.REJECTED, [])
 
 
 def test_time_for_evaluation_is_kept_and_the_rest_is_tokens_at_the_last_pace(ledger: Ledger, tmp_path: Path) -> None:

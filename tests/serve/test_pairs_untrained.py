@@ -69,6 +69,7 @@ def test_a_night_of_pairs_alone_skips_itself_and_the_dry_run_says_so(ledger: Led
     assert ledger.examples(run.night.id) == []
     said = foretold(run)
     assert (said.would_skip, said.reasons[0]) == (True, why)
+    ledger.end_night(run.night.id, NightStatus.SKIPPED, [why])
     trained = foretold(night(ledger, tmp_path, ["contrast"], dpo_epochs=1))
     assert (trained.would_skip, trained.examples["contrast"]) == (False, 4)
 

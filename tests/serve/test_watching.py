@@ -257,6 +257,8 @@ def night_of(services: Services, candidate: int, judged_against: int) -> NightRu
         "train": {"generation": candidate},
         "decide": {"verdict": "promote", "reasons": ["better"]},
     }
+    for earlier in (n for n in services.ledger.nights() if n.status is NightStatus.RUNNING):
+        services.ledger.end_night(earlier.id, NightStatus.CANCELLED, [])
     night = Night(candidate=candidate)
     services.ledger.add_night(night)
     return NightRun(services, night, lambda *_, **__: None, stages.__getitem__)
