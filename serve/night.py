@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import suppress
 from datetime import datetime
 from typing import Any
 
 from dbos import DBOS, SetWorkflowID
 
 from memory.errors import ConflictError, NightschoolError, NotEnoughExperienceError
+from memory.ledger import Ledger
 from memory.night_records import GenerationStatus, Night, NightStatus, StageRun
 from serve import durable
 from serve.events import emitter
@@ -24,6 +26,8 @@ from serve.wiring import Services
 
 log = logging.getLogger(__name__)
 
+CANCELLED = "the night was cancelled"
+
 
 class NightSchool:
     """Starts, resumes and cancels nights, one at a time."""
@@ -33,9 +37,6 @@ class NightSchool:
 
     def start(self, options: dict[str, Any]) -> Night:
         """Begin a night; ConflictError while another one runs."""
-        running = self.running()
-        if running is not None:
-            raise ConflictError(f"night {running.id} is running; wait for it or cancel it")
         tasks = self._services.settings.night.practice
         practises = {PRACTICE: tasks} if tasks and "training_file" not in options else {}
         night = Night(options={**options, **practises})
@@ -56,16 +57,29 @@ class NightSchool:
     def resume(self) -> None:
         """At start: a night that the ledger knows as running goes on (DBOS skips the steps that are done)."""
         night = self.running()
-        if night is not None:
-            _go(night)
+        if night is None:
+            return
+        _go(night)
+        if is_over(night.id):
+            # Unless the night was only quicker than this line, its end did not get into the ledger.
+            with suppress(ConflictError):
+                end_night(night.id, NightStatus.FAILED, ["its end could not be written; the service's log says why"])
 
     def cancel(self, night_id: str) -> None:
-        """Ask a night to stop; ConflictError when it has ended."""
+        """Ask a night to stop; ConflictError when it has ended. Behind its decision it goes to its end."""
         if self._services.ledger.night(night_id).status is not NightStatus.RUNNING:
             raise ConflictError(f"night {night_id} has ended already")
         folder = self._services.settings.night_dir(night_id)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "cancel").touch()
+        if is_over(night_id):
+            end_night(night_id, NightStatus.CANCELLED, [CANCELLED])
+
+
+def is_over(night_id: str) -> bool:
+    """Whether no workflow works on the night (any more), whatever the ledger says."""
+    workflow = DBOS.get_workflow_status(night_id)
+    return workflow is None or workflow.status not in ("PENDING", "ENQUEUED")
 
 
 def _go(night: Night) -> None:
@@ -105,32 +119,55 @@ def run_stage(night_id: str, name: str) -> None:
     if ledger.stage(night_id, name) is not None:
         return
     run = _night_run(night_id)
-    if run.cancelled():
-        raise CancelledNightError("the night was cancelled")
+    if run.cancelled() and not _is_decided(ledger, run.night, name):
+        raise CancelledNightError(CANCELLED)
     run.emit(name, "started")
     started = time.monotonic()
-    output = STAGES[name](run)
+    try:
+        output = STAGES[name](run)
+    except Exception:
+        # DBOS keeps an error as the step's result: what goes wrong because the service goes down is none.
+        run.check()
+        raise
     ledger.record_stage(StageRun(night_id=night_id, stage=name, output=output, seconds=time.monotonic() - started))
+
+
+def _is_decided(ledger: Ledger, night: Night, stage: str) -> bool:
+    """Whether the night's decision was carried out before this stage: it is too late to cancel."""
+    if stage != "publish" or night.candidate is None:
+        return stage == "report"
+    return ledger.generation(night.candidate).status is not GenerationStatus.CANDIDATE
 
 
 @DBOS.step()
 def end_night(night_id: str, status: NightStatus | None, reasons: list[str]) -> str:
-    """The night's last word. `status` None: as the gate decided."""
+    """The night's last word. `status` None: as the gate decided. What was decided and done stays so, whatever went
+    wrong behind it: the next night must know what the champion has learned. `reasons` then stand beside the gate's."""
     ledger = durable.services().ledger
-    decision = ledger.stage(night_id, "decide")
-    published = ledger.stage(night_id, "publish")
-    if status is None:
-        promoted = published is not None and published.output["promoted"]
-        status = NightStatus.PROMOTED if promoted else NightStatus.REJECTED
-        reasons = list(decision.output["reasons"]) if decision else reasons
+    decision, published = ledger.stage(night_id, "decide"), ledger.stage(night_id, "publish")
     candidate = ledger.night(night_id).candidate
-    if candidate is not None and ledger.generation(candidate).status is GenerationStatus.CANDIDATE:
-        ledger.advance_generation(candidate, GenerationStatus.REJECTED)
+    switched = candidate is not None and not _rejected(ledger, candidate)
+    if decision is not None:
+        promoted = published.output["promoted"] if published else switched and decision.output["verdict"] == "promote"
+        if published or promoted:
+            status = NightStatus.PROMOTED if promoted else NightStatus.REJECTED
+            reasons = [*decision.output["reasons"], *reasons]
+    assert status is not None, f"night {night_id} has published nothing"
     written = ledger.stage(night_id, "report")
     path = written.output["path"] if written else None
     ledger.end_night(night_id, status, reasons, candidate=candidate, report_path=path)
     _night_run(night_id).emit("end", status.value, reasons=reasons)
     return status.value
+
+
+def _rejected(ledger: Ledger, candidate: int) -> bool:
+    """Reject a generation that does not serve. False for one that does, or did: a switch that the night no longer
+    waited for may have come first."""
+    try:
+        ledger.advance_generation(candidate, GenerationStatus.REJECTED)
+    except ConflictError:
+        return False
+    return True
 
 
 def _night_run(night_id: str) -> NightRun:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from memory.night_records import GenerationStatus
 from serve import promotion
 from serve.reports import write_night_report
-from serve.stages.night_run import NightRun, Output
+from serve.stages.night_run import CancelledNightError, NightRun, Output
 
 
 def publish(run: NightRun) -> Output:
@@ -19,7 +19,12 @@ def publish(run: NightRun) -> Output:
         return {"promoted": False}
     # A night that was killed behind its switch finds no candidate, and leaves alone what the watch did since.
     if services.ledger.generation(number).status is GenerationStatus.CANDIDATE:
-        run.wait(_switch(run, number, f"night {run.night.id}: {decision['reasons'][0]}"))
+        try:
+            run.wait(_switch(run, number, f"night {run.night.id}: {decision['reasons'][0]}"))
+        except CancelledNightError:
+            # The wish may have come behind the switch.
+            if services.ledger.generation(number).status is GenerationStatus.CANDIDATE:
+                raise
     generation = services.ledger.generation(number)
     share = generation.metrics["canary"]["share"] if generation.status is GenerationStatus.CANARY else None
     told = f"gets {share:.0%} of the users first" if share else "is the champion"
