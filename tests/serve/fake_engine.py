@@ -2,9 +2,9 @@
 
 Run by `fake_python` in place of the engine's interpreter. `NIGHTSCHOOL_FAKE` (JSON) switches faults on:
 `die_at_start`, `unhealthy`, `sleep_harms` (adapters change nothing after a sleep); `chat_s` and `chat_log` are how
-long a chat takes and where its question is written down. Adapters whose folder name says `empty` change nothing;
-ones that say `refused` are refused, ones that say `wrong` are applied wrongly. An adapter with a `says.txt` answers
-with it.
+long a chat takes and where its question is written down. Adapters whose folder name says `empty` change nothing,
+`weak` ones next to nothing; ones that say `refused` are refused, ones that say `wrong` are applied wrongly. An adapter
+with a `says.txt` answers with it.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ def shift_of(folder: str | None) -> float:
     """By how much an adapter's log-probs differ from the base model's."""
     if folder is None or "empty" in folder:
         return 0.0
+    if "weak" in folder:
+        return 0.005
     return 0.75 if "wrong" in folder else 0.25
 
 

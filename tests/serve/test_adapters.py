@@ -171,6 +171,9 @@ def test_an_adapter_without_the_trainers_figures_is_served_on_the_weaker_proof_w
         ("adapter-1", {"base": 0.3, "adapted": 0.25}, "another base model"),
         ("adapter-1", {"adapted": 0.19}, "not served as it was trained"),
         ("empty", {"adapted": 0.04}, "not served as it was trained"),
+        # What two batches differ by in bfloat16 is no effect.
+        ("weak", {"base": 0.02, "adapted": 0.03}, "cannot be told from the base model"),
+        ("weak", {"base": 0.003, "adapted": 0.0034}, "changes nothing"),
     ],
 )
 def test_an_adapter_that_answers_otherwise_than_it_was_trained_is_refused_and_unloaded(
@@ -187,6 +190,12 @@ def test_an_adapter_that_answers_otherwise_than_it_was_trained_is_refused_and_un
         assert residency.resident == []
 
     asyncio.run(scenario())
+
+
+def test_a_weak_adapter_that_is_applied_serves(engine: Endpoint, tmp_path: Path) -> None:
+    one = generation(tmp_path, 1, "weak")
+    prove(tmp_path / "weak", base=0.0001, adapted=0.0051)
+    assert asyncio.run(Residency(engine, tmp_path).ensure(one)) is not None
 
 
 def test_the_tolerance_is_a_setting(engine: Endpoint, tmp_path: Path) -> None:
