@@ -144,6 +144,8 @@ class TrainResult(BaseModel):
     dpo_pairs: int
     too_long: int
     """Rows and pairs left out because they exceed `max_length`."""
+    served_prompts: int = 0
+    """Prompts as they were served that the trained ones were compared with (`distill.train.served`)."""
     losses: dict[str, list[float]]
     """One figure per step and phase (`sft`, `dpo`)."""
     tokens: int

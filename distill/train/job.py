@@ -37,6 +37,8 @@ class Data:
     rows: list[Row]
     pairs: list[Pair]
     too_long: int
+    served_prompts: int
+    """That were compared."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def train(job: TrainJob) -> TrainResult:
     progress.steps = sum(steps.values())
     progress.seconds_before = told_seconds(job.progress_path) if same else 0.0
     figures = {"profile": config.profile, "rows": len(data.rows), "pairs": len(data.pairs), "too_long": data.too_long}
-    progress.say("start", steps=progress.steps, **figures, note=note)
+    progress.say("start", steps=progress.steps, **figures, served_prompts=data.served_prompts, note=note)
 
     tally = Tally()
     policy = job.parent_adapter
@@ -118,7 +120,7 @@ def load_data(job: TrainJob, tokenizer: Any) -> Data:
     Raises TrainingError when nothing is left to learn, or when they would be other tokens than are served.
     """
     config = job.config
-    check_served(job.dataset_dir / SERVED, tokenizer)
+    served = check_served(job.dataset_dir / SERVED, tokenizer)
     examples, _ = apart(read_examples(job.dataset_dir / SFT_FILE, ExampleKind.SFT), config)
     rows = [render_row(e, tokenizer) for e in examples]
     pairs = []
@@ -130,7 +132,7 @@ def load_data(job: TrainJob, tokenizer: Any) -> Data:
     if not kept_rows and not kept_pairs:
         why = f"all {too_long} examples are longer than {config.max_length} tokens" if too_long else "no examples"
         raise TrainingError(f"nothing to train on in {job.dataset_dir}: {why}")
-    return Data(kept_rows, kept_pairs, too_long)
+    return Data(kept_rows, kept_pairs, too_long, served)
 
 
 def _profile(job: TrainJob) -> tuple[TrainConfig, str]:
@@ -232,6 +234,7 @@ def _result(job: TrainJob, config: TrainConfig, note: str, data: Data, progress:
         sft_rows=len(data.rows),
         dpo_pairs=len(data.pairs),
         too_long=data.too_long,
+        served_prompts=data.served_prompts,
         losses=tally.losses,
         tokens=tokens,
         trained_tokens=trained,

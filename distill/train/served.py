@@ -73,7 +73,8 @@ def served_turns(
 
 
 def check_served(path: Path, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Render the turns of a dataset's `served.jsonl` as they would be trained; returns how many there are.
+    """Render the turns of a dataset's `served.jsonl` as they would be trained; returns how many there are, 0 without
+    the file.
 
     Raises TrainingError when one comes out in other tokens than were served, or when trained turns end with another
     token than served ones: such a model would learn prompts that it is never given.

@@ -15,6 +15,11 @@ from serve.rest import out_of_the_way
 from serve.stages.budget import training_limits
 from serve.stages.night_run import CancelledNightError, NightRun, Output, starts_from
 
+UNCOMPARED = (
+    "warning: no trained prompt was compared with a served one, since the dataset has none with the engine's token ids: "
+    "a chat template that differs between engine and trainer would go unnoticed until the gate"
+)
+
 
 def train(run: NightRun) -> Output:
     """Train in a process of its own, then enter the adapter as a candidate generation."""
@@ -51,7 +56,10 @@ def train(run: NightRun) -> Output:
     generation = _candidate(run, out.name, adapter_sha256(out), parent)
     figures = result.model_dump(mode="json", exclude={"losses", "config", "adapter_dir"})
     losses = result.losses.get("sft") or [0.0]
-    run.emit("train", f"generation {generation.number} trained", loss=losses[-1], tokens_per_s=result.tokens_per_s)
+    if not result.served_prompts:
+        run.emit("train", UNCOMPARED)
+    told = {"loss": losses[-1], "tokens_per_s": result.tokens_per_s, "served_prompts": result.served_prompts}
+    run.emit("train", f"generation {generation.number} trained", **told)
     return {"generation": generation.number, "losses": result.losses, **figures}
 
 

@@ -63,7 +63,8 @@ def test_nothing_is_loaded_for_training_from_a_dataset_that_was_served_otherwise
     write_dataset(tmp_path, sums(4))
     served(tmp_path, make_tokenizer(OTHER))
     job = TrainJob(dataset_dir=tmp_path, base_model=tmp_path, out_dir=tmp_path / "out")
-    assert len(load_data(job, make_tokenizer(OTHER)).rows) == 4
+    data = load_data(job, make_tokenizer(OTHER))
+    assert (len(data.rows), data.served_prompts) == (4, 1)
     with pytest.raises(TrainingError, match="same tokenizer and chat template"):
         load_data(job, make_tokenizer())
 

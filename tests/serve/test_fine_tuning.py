@@ -104,6 +104,11 @@ def test_a_job_over_an_uploaded_file_trains_on_its_lines_and_names_its_generatio
     [checkpoint] = client.fine_tuning.jobs.checkpoints.list(job.id).data
     assert checkpoint.fine_tuned_model_checkpoint == job.fine_tuned_model
     assert checkpoint.step_number == 2
+    stage = services.ledger.stage(job.id, "train")
+    assert stage is not None
+    assert stage.output["served_prompts"] == 0
+    told = [event.message for event in client.fine_tuning.jobs.list_events(job.id)]
+    assert any("no trained prompt was compared with a served one" in message for message in told)
 
 
 def test_preferences_are_trained_with_dpo(service: tuple[openai.OpenAI, Services]) -> None:
