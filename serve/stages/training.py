@@ -16,7 +16,7 @@ from serve.stages.budget import training_limits
 from serve.stages.night_run import CancelledNightError, NightRun, Output, starts_from
 
 UNCOMPARED = (
-    "warning: no trained prompt was compared with a served one, since the dataset has none with the engine's token ids: "
+    "warning: no trained prompt was compared with a served one, since the dataset has none with token ids: "
     "a chat template that differs between engine and trainer would go unnoticed until the gate"
 )
 
