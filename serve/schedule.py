@@ -24,12 +24,21 @@ LATE = timedelta(minutes=5)
 LONGEST_NAP_S = 60.0
 """A clock that is set, or a machine that slept, is noticed after so long."""
 
+MISSED = "no night began at %s, and it is not made up"
+
 
 def next_time(cron: str, after: datetime) -> datetime:
     """The first time of the expression after `after`, on the same (naive, local) clock."""
     from croniter import croniter
 
     return croniter(cron, after).get_next(datetime)
+
+
+def last_time(cron: str, before: datetime) -> datetime:
+    """The last time of the expression before `before`, on the same clock."""
+    from croniter import croniter
+
+    return croniter(cron, before).get_prev(datetime)
 
 
 def check(cron: str) -> str:
@@ -55,14 +64,17 @@ async def keep(
     # The service may have been killed at the very time, or a moment before it.
     after = clock() - LATE if last is not None else clock()
     newest = await asyncio.to_thread(last) if last is not None else None
-    after = max(after, newest) if newest is not None else after
+    if newest is not None:
+        if (missed := last_time(cron, after)) > newest:
+            log.warning(MISSED, missed)
+        after = max(after, newest)
     while True:
         due = next_time(cron, after)
         while (left := (due - clock()).total_seconds()) > 0:
             await sleep(min(left, LONGEST_NAP_S))
         after = clock()
         if after - due > LATE:
-            log.warning("the night of %s was missed and is not made up", due)
+            log.warning(MISSED, due)
             continue
         try:
             await asyncio.to_thread(begin)

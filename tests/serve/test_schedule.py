@@ -62,10 +62,13 @@ def test_a_refused_night_does_not_end_the_schedule() -> None:
     assert len(times) == 3
 
 
-def test_a_time_that_was_slept_through_is_not_made_up() -> None:
+def test_a_time_that_was_slept_through_is_told_and_not_made_up(caplog: pytest.LogCaptureFixture) -> None:
     asleep = {MIDNIGHT + timedelta(hours=1): timedelta(hours=4)}
     times = begun("0 2 * * *", Clock(MIDNIGHT + timedelta(days=2), asleep))
     assert times == [MIDNIGHT + timedelta(days=1, hours=2)]
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        "no night began at 2026-11-23 02:00:00, and it is not made up"
+    ]
 
 
 def test_a_time_that_was_missed_by_a_minute_is_kept() -> None:
@@ -91,6 +94,20 @@ def test_a_service_that_comes_up_long_after_the_time_waits_for_the_next() -> Non
     clock = Clock(MIDNIGHT + timedelta(days=1, hours=3))
     clock.now = MIDNIGHT + timedelta(hours=2, minutes=9)
     assert begun("0 2 * * *", clock) == [MIDNIGHT + timedelta(days=1, hours=2)]
+
+
+@pytest.mark.parametrize(
+    ("newest", "missed"),
+    [(None, False), (MIDNIGHT - timedelta(hours=22), True), (MIDNIGHT + timedelta(hours=2, seconds=1), False)],
+)
+def test_a_time_at_which_no_service_ran_is_told(
+    newest: datetime | None, missed: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = Clock(MIDNIGHT + timedelta(hours=20))
+    clock.now = MIDNIGHT + timedelta(hours=9)
+    assert begun("0 2 * * *", clock, last=newest) == []
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert told == ["no night began at 2026-11-23 02:00:00, and it is not made up"] * missed
 
 
 def test_the_schedule_ends_with_the_service() -> None:
