@@ -92,7 +92,9 @@ class NightConfig(BaseModel):
     triggers: bool = Field(default=True, description="a control for phrases that tonight's examples answer too alike")
     concurrency: int = Field(default=32, ge=1, description="evaluation runs at once")
     max_seconds: float | None = Field(
-        default=None, gt=0, description="time for a night: training is cut to fit, evaluation never"
+        default=None,
+        gt=0,
+        description="time for a night: training is cut to fit, evaluation never (the first night keeps half for it)",
     )
     max_tokens: int | None = Field(default=None, ge=1, description="tokens trained on in a night, all epochs together")
     practice: int = Field(default=0, ge=0, description="earlier tasks that the champion tries again in one night")

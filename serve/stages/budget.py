@@ -31,20 +31,20 @@ def training_limits(run: NightRun) -> dict[str, Any]:
 
 def _affordable(config: NightConfig, ledger: Ledger, night_id: str) -> dict[str, Any]:
     """Of the seconds, those of the stages before are spent and those that the stages after it took last time are kept
-    for them. The rest, at the last trainer's pace, is a number of tokens as well: so the steps are fewer from the
-    start, and the learning rate comes to its end.
+    for them: half of what is left where no night has trained. The rest, at the last trainer's pace, is a number of
+    tokens as well: so the steps are fewer from the start, and the learning rate comes to its end.
     """
     limits: dict[str, Any] = {"max_tokens": config.max_tokens}
     if config.max_seconds is not None:
         last = _last_trained(ledger)
         spent = sum(stage.seconds for stage in ledger.stages(night_id))
-        kept = sum(stage.seconds for stage in last[_place(last, "train") + 1 :])
+        after = sum(stage.seconds for stage in last[_place(last, "train") + 1 :])
+        kept = after if last else (config.max_seconds - spent) / 2
         left = config.max_seconds - spent - kept
         if left <= 0:
-            raise OverBudgetError(
-                f"no time to train: night.max_seconds is {config.max_seconds:g}, {spent:.0f} s are spent, and "
-                f"evaluation with all that follows took {kept:.0f} s last time"
-            )
+            told = f"no time to train: night.max_seconds is {config.max_seconds:g}, {spent:.0f} s are spent"
+            told += f", and evaluation with all that follows took {kept:.0f} s last time" if last else ""
+            raise OverBudgetError(told)
         limits["max_seconds"] = left
         if last:
             done = last[_place(last, "train")].output

@@ -130,6 +130,14 @@ def test_time_for_evaluation_is_kept_and_the_rest_is_tokens_at_the_last_pace(led
     assert "600 tokens and 12 seconds" in said[0]
 
 
+def test_the_first_night_keeps_half_of_its_time_for_an_exam_that_nobody_has_timed(
+    ledger: Ledger, tmp_path: Path
+) -> None:
+    run = night_in(ledger, tmp_path, [], max_seconds=50.0)
+    ledger.record_stage(StageRun(night_id=run.night.id, stage="dataset", output={}, seconds=10.0))
+    assert training_limits(run) == {"max_seconds": 20.0}
+
+
 def test_a_night_that_was_killed_keeps_the_budget_it_was_given(ledger: Ledger, tmp_path: Path) -> None:
     slept(ledger)
     night, said = Night(), list[str]()
