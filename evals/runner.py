@@ -7,9 +7,11 @@ Owns no engine, no storage and no comparison (`evals.gate`).
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from agent.run import AgentDeps, ModelRef, run_task
 from evals.suites import EvalTask, Suite
@@ -88,9 +90,10 @@ def settings_of(deps: AgentDeps) -> dict[str, object]:
 
 
 async def _run(item: EvalTask, model: ModelRef, deps: AgentDeps, suite: str) -> Trajectory:
-    trajectory = await run_task(item.task, model, deps, purpose=Purpose.EVAL)
+    sampling = _sampling(item.key, deps)
+    trajectory = await run_task(item.task, model, deps, purpose=Purpose.EVAL, sampling=sampling)
     if _is_hole(trajectory):
-        trajectory = await run_task(item.task, model, deps, purpose=Purpose.EVAL)
+        trajectory = await run_task(item.task, model, deps, purpose=Purpose.EVAL, sampling=sampling)
     if _is_hole(trajectory):
         why = trajectory.error or trajectory.stop_reason
         raise ModelError(
@@ -98,6 +101,13 @@ async def _run(item: EvalTask, model: ModelRef, deps: AgentDeps, suite: str) -> 
             "check the engine (`nightschool status`) and evaluate again"
         )
     return trajectory
+
+
+def _sampling(key: str, deps: AgentDeps) -> dict[str, Any] | None:
+    """Where answers are sampled: the task's own seed, so that all generations draw with the same one."""
+    if not deps.config.temperature:
+        return None
+    return {"seed": int(hashlib.sha256(key.encode()).hexdigest()[:7], 16)}
 
 
 def _is_hole(trajectory: Trajectory) -> bool:

@@ -6,6 +6,7 @@ import pytest
 
 from agent.llm import ChatRequest, ScriptedModel
 from agent.run import AgentDeps, ModelRef
+from agent.state import AgentConfig
 from evals.gate import decide
 from evals.runner import evaluate
 from evals.suites import EvalTask, Suite
@@ -68,6 +69,19 @@ def test_progress_is_told_from_nothing_to_all() -> None:
         )
     )
     assert seen == [(0, 3), (1, 3), (2, 3), (3, 3)]
+
+
+def test_where_answers_are_sampled_the_same_task_has_the_same_seed_for_every_generation() -> None:
+    def seeds(temperature: float, generation: int) -> list[object]:
+        model = ScriptedModel(number)
+        deps = AgentDeps(llm=model, config=AgentConfig(temperature=temperature))
+        given = {"memory_watermark": "", "concurrency": 2, "on_progress": lambda done, total: None}
+        asyncio.run(evaluate(words(3), ModelRef(generation, "a model"), deps, memory=False, **given))
+        return [r.sampling.get("seed") for r in sorted(model.requests, key=number)]
+
+    drawn = seeds(0.7, 3)
+    assert drawn == seeds(0.7, 4) == [100585142, 112749351, 222770659]
+    assert seeds(0.0, 3) == [None] * 3, "what greedy requests ask stays as it was"
 
 
 class CountingMemory:
