@@ -1,4 +1,4 @@
-"""`nightschool bench swap`: what a hot-load costs, and whether switches under load are noticed.
+"""`nightschool bench swap`: what a hot-load costs, whether switches under load are noticed, how soon a rollback serves.
 
 Clients ask without a pause while the champion changes; three adapters take turns, so every switch loads, proves and
 unloads one. Who really answered is read off the log-probs that came with the reply's tokens: they are computed again
@@ -101,9 +101,22 @@ async def under_load(
     return load
 
 
+async def rolled_back(http: httpx.AsyncClient, body: dict[str, Any]) -> float:
+    """Seconds from a rollback to a reply of the generation before. EngineError when that does not answer."""
+    started = time.perf_counter()
+    done = await http.post("/v1/generations/rollback", json={"why": "bench"})
+    reply = await http.post("/v1/chat/completions", json=body)
+    seconds = time.perf_counter() - started
+    if {done.status_code, reply.status_code} != {200}:
+        raise EngineError(f"no reply after a rollback: {done.text[:300]} {reply.text[:300]}")
+    if reply.json()["nightschool"]["generation"] != done.json()["to_generation"]:
+        raise EngineError(f"after a rollback to generation {done.json()['to_generation']} another answered")
+    return seconds
+
+
 def swap(settings: Settings) -> BenchResult:
     """Seconds of each step of a hot-load alone; then switches under load, replies that failed or came from another
-    generation than the one they name."""
+    generation than the one they name; then a rollback without load."""
     with tempfile.TemporaryDirectory() as folder:
         return asyncio.run(_measure(settings, Path(folder)))
 
@@ -128,6 +141,7 @@ async def _measure(settings: Settings, folder: Path) -> BenchResult:
             load = await under_load(
                 http, list(islice(cycle(range(1, ADAPTERS + 1)), SWAPS)), _asked, between=CLIENTS // 2
             )
+            back = await rolled_back(http, _asked(0) | {"max_tokens": 1})
         foreign, margin = await _foreign(services, load.answered, made)
     seconds = [reply.seconds for reply in load.answered]
     figures |= {
@@ -141,8 +155,10 @@ async def _measure(settings: Settings, folder: Path) -> BenchResult:
         "switch_max_s": round(max(load.swap_s), 2),
         "reply_p50_s": round(median(seconds), 2),
         "reply_p95_s": round(quantiles(seconds, n=20)[-1], 2),
+        "rollback_s": round(back, 2),
     }
-    return result("swap", figures, {"swaps": f">= {SWAPS}", "failed": "== 0", "from_another_generation": "== 0"})
+    aims = {"swaps": f">= {SWAPS}", "failed": "== 0", "from_another_generation": "== 0", "rollback_s": "<= 1"}
+    return result("swap", figures, aims)
 
 
 def _asked(n: int) -> dict[str, Any]:

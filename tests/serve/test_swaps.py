@@ -15,7 +15,7 @@ from agent.engine_client import EngineClient
 from memory.night_records import Generation, GenerationStatus
 from serve.adapters import Residency, adapter_sha256, loaded
 from serve.api.app import create_app
-from serve.benches.swap import Load, under_load
+from serve.benches.swap import Load, rolled_back, under_load
 from serve.night import NightSchool
 from serve.settings import ServerConfig
 from tests.serve.fake_engine import FakeVLLM
@@ -50,7 +50,7 @@ def test_twenty_swaps_under_sixteen_clients_lose_no_request_and_mix_up_no_reply(
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     settings = settings_in(tmp_path, server=ServerConfig(keys=False, max_concurrent=16))
 
-    async def scenario() -> tuple[Load, set[str], list[str]]:
+    async def scenario() -> tuple[Load, set[str], list[str], list[str]]:
         with services_in(settings, lambda _: "unused", asyncio.get_running_loop()) as made:
             engine: Any = Endpoint(server)
             llm = EngineClient(engine)
@@ -63,16 +63,18 @@ def test_twenty_swaps_under_sixteen_clients_lose_no_request_and_mix_up_no_reply(
             transport = httpx.ASGITransport(app)  # pyright: ignore[reportArgumentType]
             async with httpx.AsyncClient(transport=transport, base_url="http://swap", timeout=60) as http:
                 load = await under_load(http, list(islice(cycle((1, 2, 3, 4)), 20)), asked, between=4)
-            names = [services.ledger.generation(number).served_name for number in (4, 3)]
-            async with asyncio.timeout(10):
-                while len(await loaded(engine)) > len(names):
-                    await asyncio.sleep(0.01)
-            left = await loaded(engine)
+                names = [services.ledger.generation(number).served_name for number in (4, 3)]
+                async with asyncio.timeout(10):
+                    while len(await loaded(engine)) > len(names):
+                        await asyncio.sleep(0.01)
+                left, before = await loaded(engine), len(server.calls)
+                assert await rolled_back(http, asked(0)) > 0
+            assert services.ledger.champion().number == 3
             await llm.close()
-            return load, left, names
+            return load, left, names, server.calls[before:]
 
     try:
-        load, left, names = asyncio.run(scenario())
+        load, left, names, for_the_way_back = asyncio.run(scenario())
     finally:
         server.shutdown()
         server.server_close()
@@ -83,4 +85,5 @@ def test_twenty_swaps_under_sixteen_clients_lose_no_request_and_mix_up_no_reply(
     wrong = [r for r in load.answered if r.generation and r.text != str(r.generation)]
     assert wrong == []
     assert left == set(names), "only what serves and what a rollback would bring back stays loaded"
+    assert for_the_way_back == [], "a rollback is a switch, not a load"
     assert sum(call.startswith("unload") for call in server.calls) >= 18
