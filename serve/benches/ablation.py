@@ -23,6 +23,7 @@ from rich.console import Console
 
 from distill.recipes import installed, load
 from evals.bench import BenchResult, Figure, result
+from evals.plot import variants
 from evals.stats import wilson
 from evals.suites import TRAINED_FAMILIES, Suite, load_suite, reasoning_gym_suite, reasoning_gym_tasks, save_suite
 from memory.errors import ConfigError
@@ -124,9 +125,11 @@ def ablation(settings: Settings, only: Sequence[str] = ()) -> BenchResult:
         for scores in found
         if scores.arm == arm
     ]
+    measured = [*memory_only, *found, *([stock] if stock else [])]
     figures: dict[str, Figure] = {}
-    for scores in (*memory_only, *found, *([stock] if stock else [])):
+    for scores in measured:
         figures |= lines(scores)
+    show({s.arm: s for s in measured}, folder / "ablation.png", "Held-out success after one night, by variant", console)
     if stock is None:
         return result("ablation", figures, {})
     ours, plain = found[0].exams["held out"], stock.exams["held out"]
@@ -141,6 +144,7 @@ def samples(settings: Settings) -> BenchResult:
     """Held-out success after one night with 1, 2, 4 and 7 tasks of each workload, corrected where they failed."""
     console, folder = Console(), settings.data_dir / "bench" / "samples"
     figures: dict[str, Figure] = {}
+    measured: dict[str, Scores] = {}
     enough: int | None = None
     with one_engine(settings, folder) as (_, _, variables):
         for count in SAMPLES:
@@ -148,8 +152,10 @@ def samples(settings: Settings) -> BenchResult:
             few = Arm(f"{count} a workload", {"NIGHT__MIN_EXAMPLES": "1"}, per_workload=count)
             scores = night_of(settings, folder, taught, few, variables, console)
             figures |= lines(scores)
+            measured[f"{scores.corrections} corrections"] = scores
             if enough is None and rate(scores.exams["held out"]) >= GOAL:
                 enough = scores.corrections
+    show(measured, folder / "samples.png", "Held-out success after one night, by corrections", console)
     told: Figure = "not reached" if enough is None else enough
     return result("samples", {**figures, f"corrections_to_{GOAL:.0%}": told}, {})
 
@@ -341,6 +347,12 @@ def exams_of(evaluations: Sequence[Evaluation]) -> dict[str, tuple[int, int]]:
         hits, n = found.get(name, (0, 0))
         found[name] = (hits + sum(o.success for o in evaluation.outcomes), n + len(evaluation.outcomes))
     return found
+
+
+def show(measured: Mapping[str, Scores], path: Path, title: str, console: Console) -> None:
+    """Draw the held-out exams under these names."""
+    variants({name: scores.exams["held out"] for name, scores in measured.items()}, path, title)
+    console.print(f"{path.name}: {path.parent}", highlight=False)
 
 
 def rate(count: tuple[int, int]) -> float:
