@@ -19,6 +19,7 @@ from serve.api.night_views import decision_for, event_for, own_workloads, reason
 from serve.events import read_events
 from serve.night import NightSchool
 from serve.since import moment
+from serve.stages.budget import after_training
 from serve.stages.dataset import uploaded_examples
 from serve.wiring import Services
 
@@ -150,7 +151,7 @@ def job_object(services: Services, night: Night, caller: Caller) -> dict[str, An
         "object": "fine_tuning.job",
         "created_at": int(night.created_at.timestamp()),
         "finished_at": int(night.ended_at.timestamp()) if night.ended_at else None,
-        "estimated_finish": None,
+        "estimated_finish": _estimated_finish(services, night) if status == "running" and trained is None else None,
         "model": promotion.AGENT_MODEL,
         "fine_tuned_model": f"{promotion.AGENT_MODEL}:gen-{night.candidate}" if ended_well else None,
         "organization_id": "nightschool",
@@ -174,6 +175,16 @@ def job_object(services: Services, night: Night, caller: Caller) -> dict[str, An
             "stages": {s.stage: round(s.seconds, 1) for s in services.ledger.stages(night.id)},
         },
     }
+
+
+def _estimated_finish(services: Services, night: Night) -> int | None:
+    """When training ends by its own word, and then what followed it last time; None before it knows, and the first
+    time."""
+    told = [event for event in read_events(services.settings.night_dir(night.id)) if "eta_s" in event["data"]]
+    after = after_training(services.ledger)
+    if not told or after is None:
+        return None
+    return int(datetime.fromisoformat(told[-1]["at"]).timestamp() + told[-1]["data"]["eta_s"] + after)
 
 
 def decision_of(services: Services, night: Night) -> dict[str, Any] | None:

@@ -36,10 +36,9 @@ def _affordable(config: NightConfig, ledger: Ledger, night_id: str) -> dict[str,
     """
     limits: dict[str, Any] = {"max_tokens": config.max_tokens}
     if config.max_seconds is not None:
-        last = _last_trained(ledger)
+        last, after = _last_trained(ledger), after_training(ledger)
         spent = sum(stage.seconds for stage in ledger.stages(night_id))
-        after = sum(stage.seconds for stage in last[_place(last, "train") + 1 :])
-        kept = after if last else (config.max_seconds - spent) / 2
+        kept = after if after is not None else (config.max_seconds - spent) / 2
         left = config.max_seconds - spent - kept
         if left <= 0:
             told = f"no time to train: night.max_seconds is {config.max_seconds:g}, {spent:.0f} s are spent"
@@ -51,6 +50,12 @@ def _affordable(config: NightConfig, ledger: Ledger, night_id: str) -> dict[str,
             affordable = max(1, int(left * done["tokens"] / max(done["seconds"], 1e-9)))
             limits["max_tokens"] = min(affordable, config.max_tokens or affordable)
     return {name: limit for name, limit in limits.items() if limit is not None}
+
+
+def after_training(ledger: Ledger) -> float | None:
+    """How long evaluation, with all that follows, took last time; None when no night has come so far."""
+    last = _last_trained(ledger)
+    return sum(stage.seconds for stage in last[_place(last, "train") + 1 :]) if last else None
 
 
 def foretold(config: NightConfig, tokens: int, train_seconds: float | None, night_seconds: float | None) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from datetime import datetime
 from typing import Any
 
 import openai
@@ -14,7 +15,9 @@ from openai.types.fine_tuning import FineTuningJob
 from agent.llm import ChatRequest
 from distill.train.config import TrainJob, TrainResult
 from evals.suites import reasoning_gym_suite, save_suite
+from memory.night_records import Night, NightStatus, StageRun
 from memory.records import Purpose
+from serve.events import emitter, read_events
 from serve.wiring import Services
 from tests.serve.fakes import fake_training, running, settings_in
 
@@ -212,3 +215,19 @@ def test_an_ended_or_unknown_job_cannot_be_cancelled(service: tuple[openai.OpenA
             path("night_unknown")
     with pytest.raises(openai.BadRequestError, match="no event of job"):
         client.fine_tuning.jobs.list_events(newest, after="ftevent-other-1")
+
+
+def test_a_job_that_trains_says_when_it_will_have_ended(service: tuple[openai.OpenAI, Services]) -> None:
+    (client, services), (before, night) = service, (Night(), Night())
+    services.ledger.add_night(before)
+    for stage, seconds in (("train", 20.0), ("evaluate", 30.0), ("report", 2.0)):
+        services.ledger.record_stage(StageRun(night_id=before.id, stage=stage, output={}, seconds=seconds))
+    services.ledger.end_night(before.id, NightStatus.REJECTED, [])
+    services.ledger.add_night(night)
+    assert client.fine_tuning.jobs.retrieve(night.id).estimated_finish is None
+    folder = services.settings.night_dir(night.id)
+    emitter(folder)("train", "step", eta_s=12.0)
+    said = datetime.fromisoformat(read_events(folder)[-1]["at"]).timestamp()
+    assert client.fine_tuning.jobs.retrieve(night.id).estimated_finish == int(said + 44)
+    client.fine_tuning.jobs.cancel(night.id)
+    assert client.fine_tuning.jobs.retrieve(night.id).estimated_finish is None
