@@ -328,10 +328,12 @@ class Ledger:
         self._switched()
         return promotion
 
-    def begin_canary(self, number: int, share: float, why: str, by: str) -> Generation:
+    def begin_canary(
+        self, number: int, share: float, why: str, by: str, expected_from: int | None = None
+    ) -> Generation:
         """Give a generation a share of the users (`nights.begin_canary`)."""
         with self._database.writing() as connection:
-            begun = nights.begin_canary(connection, number, share, why, by)
+            begun = nights.begin_canary(connection, number, share, why, by, expected_from)
         self._switched()
         return begun
 

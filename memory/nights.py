@@ -91,8 +91,7 @@ def promote(
         if last is not None and last.to_generation == to and expected_from in (None, last.from_generation):
             return last
         raise ConflictError(f"generation {to} is the champion already")
-    if expected_from is not None and old.number != expected_from:
-        raise ConflictError(f"the champion is generation {old.number}, not {expected_from}: it changed meanwhile")
+    _check_champion(old, expected_from)
     new = generation(connection, to)
     _may_become(new, GenerationStatus.CHAMPION)
     for moved, status in ((old, GenerationStatus.RETIRED), (new, GenerationStatus.CHAMPION)):
@@ -107,11 +106,19 @@ def _log(connection: Connection, promotion: Promotion) -> Promotion:
     return promotion
 
 
-def begin_canary(connection: Connection, number: int, share: float, why: str, by: str) -> Generation:
+def _check_champion(standing: Generation, expected: int | None) -> None:
+    if expected not in (None, standing.number):
+        raise ConflictError(f"the champion is generation {standing.number}, not {expected}: it changed meanwhile")
+
+
+def begin_canary(
+    connection: Connection, number: int, share: float, why: str, by: str, expected_from: int | None = None
+) -> Generation:
     """Give a generation a share of the users; one that has one already makes place. The same share again is a no-op.
 
-    Raises `ConflictError` for the champion and for a rejected generation.
+    Raises `ConflictError` if the champion is not `expected_from`, for the champion itself and a rejected generation.
     """
+    _check_champion(champion(connection), expected_from)
     standing, running = generation(connection, number), canary(connection)
     if running is not None and running.number == number:
         if running.metrics["canary"]["share"] == share:

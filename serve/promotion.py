@@ -126,7 +126,7 @@ async def begin_canary(
     if generation.status is GenerationStatus.REJECTED:
         raise ConflictError(f"generation {number} was rejected by the gate and cannot serve")
     await residency.ensure(generation)
-    begun = ledger.begin_canary(number, share, why=why, by=by)
+    begun = ledger.begin_canary(number, share, why=why, by=by, expected_from=champion.number)
     residency.settle(*_wanted(ledger))
     return begun
 

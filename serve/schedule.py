@@ -63,7 +63,7 @@ async def keep(
     """
     # The service may have been killed at the very time, or a moment before it.
     after = clock() - LATE if last is not None else clock()
-    newest = await asyncio.to_thread(last) if last is not None else None
+    newest = await asyncio.to_thread(_told, last) if last is not None else None
     if newest is not None:
         if (missed := last_time(cron, after)) > newest:
             log.warning(MISSED, missed)
@@ -83,6 +83,18 @@ async def keep(
             log.info("no night at %s: %s", due, exc)
         except NightschoolError as exc:
             log.warning("the night of %s could not begin: %s", due, exc)
+        except Exception:
+            # A database out of order tonight must not cost the nights after it.
+            log.exception("the night of %s could not begin", due)
+
+
+def _told(last: Callable[[], datetime | None]) -> datetime | None:
+    """When the newest night began; None where the ledger does not say: `begin` refuses what runs."""
+    try:
+        return last()
+    except NightschoolError as exc:
+        log.warning("the last night is not known: %s", exc)
+        return None
 
 
 @asynccontextmanager

@@ -107,6 +107,18 @@ def test_a_canary_judged_against_another_champion_gets_no_users(ledger: Ledger) 
     assert ledger.canary() is None
 
 
+def test_a_champion_that_changes_while_the_canary_is_loaded_leaves_it_without_users(ledger: Ledger) -> None:
+    class Slow(FakeResidency):
+        async def ensure(self, generation: Generation) -> None:
+            if generation.number == 2:
+                ledger.promote(1, why="an operator's", by="operator", expected_from=0)
+
+    begun = promotion.begin_canary(ledger, Slow(), 2, 0.1, why="better", by="night", expected_from=0)  # type: ignore[arg-type]
+    with pytest.raises(ConflictError, match="changed meanwhile"):
+        asyncio.run(begun)
+    assert ledger.canary() is None
+
+
 def test_what_was_rejected_or_serves_already_is_not_promoted(ledger: Ledger) -> None:
     ledger.advance_generation(2, GenerationStatus.REJECTED)
     with pytest.raises(ConflictError, match="rejected"):

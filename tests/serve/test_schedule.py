@@ -56,10 +56,21 @@ def test_a_night_begins_at_each_time_and_once() -> None:
     assert times == [MIDNIGHT + timedelta(days=day, hours=2) for day in range(3)]
 
 
-def test_a_refused_night_does_not_end_the_schedule() -> None:
-    refusals: list[Exception] = [ConflictError("a night is running"), LedgerError("the disk is full")]
-    times = begun("0 2 * * *", Clock(MIDNIGHT + timedelta(days=3)), refusals)
-    assert len(times) == 3
+def test_a_night_that_cannot_begin_does_not_end_the_schedule() -> None:
+    refusals = [ConflictError("a night is running"), LedgerError("the disk is full"), RuntimeError("DBOS is away")]
+    times = begun("0 2 * * *", Clock(MIDNIGHT + timedelta(days=4)), refusals)
+    assert len(times) == 4
+
+
+def test_a_ledger_that_is_away_at_the_start_does_not_end_the_schedule() -> None:
+    clock, times = Clock(MIDNIGHT + timedelta(days=1)), list[datetime]()
+
+    def last() -> datetime:
+        raise LedgerError("the database is starting")
+
+    with pytest.raises(WoundUpError):
+        asyncio.run(schedule.keep("0 2 * * *", lambda: times.append(clock.now), lambda: clock.now, clock.sleep, last))
+    assert times == [MIDNIGHT + timedelta(hours=2)]
 
 
 def test_a_time_that_was_slept_through_is_told_and_not_made_up(caplog: pytest.LogCaptureFixture) -> None:
