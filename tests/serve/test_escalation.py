@@ -147,7 +147,7 @@ def test_a_stream_keeps_what_it_said_and_the_night_gets_the_teachers_run(service
     url, services = service
     chunks = ask(url, "Streamed: six times seven?", stream=True)
     assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == "7"
-    until = time.monotonic() + 20
+    until = time.monotonic() + 120
     while Purpose.TEACHER not in (runs := runs_of(services, "Streamed: six times seven?")):
         assert time.monotonic() < until
         time.sleep(0.05)

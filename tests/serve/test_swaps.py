@@ -64,7 +64,7 @@ def test_twenty_swaps_under_sixteen_clients_lose_no_request_and_mix_up_no_reply(
             async with httpx.AsyncClient(transport=transport, base_url="http://swap", timeout=60) as http:
                 load = await under_load(http, list(islice(cycle((1, 2, 3, 4)), 20)), asked, between=4)
                 names = [services.ledger.generation(number).served_name for number in (4, 3)]
-                async with asyncio.timeout(10):
+                async with asyncio.timeout(60):
                     while len(await loaded(engine)) > len(names):
                         await asyncio.sleep(0.01)
                 left, before = await loaded(engine), len(server.calls)
