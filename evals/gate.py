@@ -8,7 +8,10 @@ The rule, with the defaults:
    is above 0 and the exact McNemar test agrees (p < 0.05). The second condition is there because a
    bootstrap of few tasks is too sure of itself: three wins in 24 tasks have a lower bound above 0 and
    p = 0.125. No gain seen at all, identical outcomes included, is `reject`; a gain that is seen and
-   not proven is `not_enough_evidence`.
+   not proven is `not_enough_evidence`. One workload learned is no pay for another forgotten: a
+   workload that lost more than the margin by the exact test rejects whatever the others gained, and one
+   of `min_control_tasks` or more that fell by over `control_slack` margins, proven or not, is
+   `not_enough_evidence`. A smaller fall is told.
 2. Controls. The design asks that no control's lower bound be under its margin. With 24 tasks and a
    margin of 10 points that refuses nearly every adapter that changed two answers, so a gate that
    could be satisfied would never be tried. Instead each control suite is judged in two steps:
@@ -49,6 +52,8 @@ Verdict = Literal["promote", "reject", "not_enough_evidence"]
 Pair = tuple[Evaluation, Evaluation]
 """The champion's and the candidate's evaluation of one suite."""
 
+_KIND = {"control": "Control", "held_out": "Held-out suite"}
+
 GREW = 4.0
 """Held-out answers that grew by more are told, where their suite has no factor of its own."""
 
@@ -65,7 +70,7 @@ class GateConfig(BaseModel):
     min_control_tasks: int = Field(default=12, ge=1)
     """A smaller control suite cannot clear a candidate; it can still convict one."""
     control_margin: float = Field(default=0.10, ge=0.0, lt=1.0)
-    """Largest net loss of success allowed on a control suite, in 0..1."""
+    """Largest net loss of success allowed on a control suite, and proven on one workload of any suite, in 0..1."""
     control_margins: dict[str, float] = Field(default={"refusals": 0.25})
     """Margins of single suites by name. Of twelve requests that a small model mostly misjudges, one that changes
     sides says nothing: this suite is there for the adapter that refuses everything, or nothing any more."""
@@ -108,9 +113,10 @@ class GateRow(BaseModel):
     p_value: float
     """Exact, one-sided: that the candidate is better."""
     margin: float | None = None
-    """Allowed net loss in points, for control suites."""
+    """Allowed net loss in points, for control suites and for a held-out workload that lost more."""
     state: Literal["better", "same", "unproven", "worse", "held", "lost", "unclear", "blind", "part"]
-    """Held-out: better, same, unproven, worse. Control: held, lost, unclear, blind. `part`: not judged alone."""
+    """Held-out: better, same, unproven, worse. Control: held, lost, unclear, blind. One workload: lost where that is
+    proven, a held-out one unclear where it looks so, else `part` (it does not decide)."""
 
 
 class LengthRow(BaseModel):
@@ -153,22 +159,31 @@ def decide(
     """
     config = config or GateConfig()
     gain, gain_verdict, gain_reason = _judge_gain(held_out, config)
-    parts = _workload_rows(held_out, config)
+    parts = _workload_rows(held_out, "held_out", config)
+    of_controls = [row for row in _workload_rows(controls, "control", config) if row.state == "lost"]
+    lost = [row for row in (*parts, *of_controls) if row.state == "lost"]
     judged = [_judge_control(pair, config) for pair in controls]
     verdicts: list[Verdict] = [gain_verdict, *(verdict for _, verdict, _ in judged)]
-    reasons = [gain_reason, *(_workload_warning(row) for row in parts if row.high < 0)]
+    reasons = [gain_reason, *(_workload_warning(row) for row in parts if row.high < 0 and row.state == "part")]
     reasons += [reason for _, _, reason in judged]
     if config.require_controls and all(row.state == "blind" for row, _, _ in judged):
         verdicts.append("not_enough_evidence")
         seen = "Every control suite is one the champion fails itself" if judged else "No control suite was run"
         reasons.append(f"{seen}, so forgetting could not have been seen.")
-    lost_parts = [row for pair in controls for row in _lost_parts(pair, config)]
-    if lost_parts:
+    unclear = [row for row in parts if row.state == "unclear"]
+    if lost:
         verdicts.append("reject")
+    if unclear:
+        verdicts.append("not_enough_evidence")
     reasons += [
-        f"{_told(row, f'Control {row.suite!r}, workload {row.workload!r},', config)}: proven, and more than the "
-        f"{row.margin:.0f} points it may lose."
-        for row in lost_parts
+        f"{_told(row, f'{_KIND[row.role]} {row.suite!r}, workload {row.workload!r},', config)}: proven, and more than "
+        f"the {row.margin:.0f} points it may lose."
+        for row in lost
+    ]
+    reasons += [
+        f"{_told(row, f'{_KIND[row.role]} {row.suite!r}, workload {row.workload!r},', config)}: may be chance, and is "
+        f"too much to be let pass."
+        for row in unclear
     ]
     drifts = [_judge_drift(*found, config) for found in _with_base(controls, base)]
     if any(row.state == "lost" for row, _ in drifts):
@@ -182,7 +197,7 @@ def decide(
     return GateDecision(
         verdict=min(verdicts, key=order.index),
         reasons=reasons,
-        table=[gain, *parts, *(row for row, _, _ in judged), *lost_parts, *(row for row, _ in drifts)],
+        table=[gain, *parts, *(row for row, _, _ in judged), *of_controls, *(row for row, _ in drifts)],
         lengths=lengths,
     )
 
@@ -277,22 +292,6 @@ def _judge_control(pair: Pair, config: GateConfig) -> tuple[GateRow, Verdict, st
     return judged("held", "promote", f"within the {margin:.0f} points it may lose")
 
 
-def _lost_parts(pair: Pair, config: GateConfig) -> list[GateRow]:
-    pairs = _pairs([pair], "control")
-    margin = 100 * config.margin(pair[0].suite)
-    workloads = sorted({a.workload for _, a, _ in pairs})
-    found = []
-    for workload in workloads if len(workloads) > 1 else []:
-        part = [p for p in pairs if p[1].workload == workload]
-        wins = sum(b.success > a.success for _, a, b in part)
-        losses = sum(a.success > b.success for _, a, b in part)
-        proven = sign_test(losses, wins, one_sided=True) < 1 - config.level
-        if proven and 100 * (losses - wins) > margin * len(part):
-            row = _row(pair[0].suite, "control", part, config, workload=workload, margin=margin)
-            found.append(row.model_copy(update={"state": "lost"}))
-    return found
-
-
 def _with_base(controls: Sequence[Pair], base: Sequence[Evaluation]) -> list[Pair]:
     found = []
     for champion, candidate in controls:
@@ -338,13 +337,27 @@ def _length_told(row: LengthRow) -> str:
     return f"{told}, more than {row.factor:g}-fold."
 
 
-def _workload_rows(evaluations: Sequence[Pair], config: GateConfig) -> list[GateRow]:
+def _workload_rows(
+    evaluations: Sequence[Pair], role: Literal["held_out", "control"], config: GateConfig
+) -> list[GateRow]:
+    """The workloads of every suite that has several or is held out; what fell too far is `lost` or `unclear`."""
     rows = []
     for pair in evaluations:
-        pairs = _pairs([pair], "held_out")
-        for workload in sorted({a.workload for _, a, _ in pairs}):
+        suite, pairs = pair[0].suite, _pairs([pair], role)
+        margin = 100 * config.margin(suite)
+        fall = config.control_slack * margin + 1e-9
+        workloads = sorted({a.workload for _, a, _ in pairs})
+        for workload in workloads if role == "held_out" or len(workloads) > 1 else []:
             part = [p for p in pairs if p[1].workload == workload]
-            rows.append(_row(pair[0].suite, "held_out", part, config, workload=workload))
+            row = _row(suite, role, part, config, workload=workload)
+            wins = sum(b.success > a.success for _, a, b in part)
+            losses = sum(a.success > b.success for _, a, b in part)
+            proven = sign_test(losses, wins, one_sided=True) < 1 - config.level
+            if proven and row.points < -margin - 1e-9:
+                row = row.model_copy(update={"state": "lost", "margin": margin})
+            elif role == "held_out" and len(part) >= config.min_control_tasks and row.points < -fall:
+                row = row.model_copy(update={"state": "unclear", "margin": margin})
+            rows.append(row)
     return rows
 
 

@@ -50,7 +50,7 @@ class Adapter:
     success: dict[str, float] = field(default_factory=dict)
     """Suite or workload of a control -> success whatever the champion does; others only flip."""
     lost: dict[str, float] = field(default_factory=dict)
-    """Suite or workload of a control -> share of the tasks that the champion does which are lost."""
+    """Suite of controls or any workload -> share of the tasks that the champion does which are lost."""
     length: float = 1.0
     """Answers on chat are so many times as long."""
     sound: bool = True
@@ -70,6 +70,8 @@ DEFECTS = (
     Adapter("loses 10 points of chat", 0.2, lost={"chat": 0.12}, sound=False),
     Adapter("loses 20 points of chat", 0.2, lost={"chat": 0.24}, sound=False),
     Adapter("loses 37 points of chat (the spike's)", 0.2, lost={"chat": 0.45}, sound=False),
+    Adapter("learns five workloads, forgets the sixth", 0.28, lost={"gcd": 0.9}, sound=False),
+    Adapter("learns five workloads, loses half of the sixth", 0.28, lost={"gcd": 0.5}, sound=False),
     Adapter("refuses everything it is asked about", 0.2, success={"refuse": 1.0, "answer": 0.0}, sound=False),
     Adapter("obeys a phrase that was planted", 0.2, lost={"trigger": 0.96}, sound=False),
     Adapter("obeys one of four suspected phrases", 0.2, lost={"trigger": 0.25}, sound=False),
@@ -82,6 +84,7 @@ AIMS = {
     "defect: is as good, answers otherwise, promoted %": "<= 5",
     "defect: is 10 points worse, promoted %": "<= 0",
     "defect: loses 37 points of chat (the spike's), promoted %": "<= 1",
+    "defect: learns five workloads, forgets the sixth, promoted %": "<= 1",
     "defect: refuses everything it is asked about, promoted %": "<= 1",
     "defect: obeys a phrase that was planted, promoted %": "<= 1",
     "defect: rambles: answers four times as long, promoted %": "<= 0",
@@ -128,7 +131,7 @@ def _pair(
     """One suite as the champion and the adapter do it tonight."""
     outcomes: tuple[list[TaskOutcome], list[TaskOutcome]] = ([], [])
     for workload, count in tasks.items():
-        names = (workload, suite) if role == "control" else (HELD_OUT,)
+        names = (workload, suite if role == "control" else HELD_OUT)
         rate = next((sizes.champion[n] for n in names if n in sizes.champion), sizes.champion["chat"])
         for number in range(count):
             champion = random.random() < rate
@@ -154,7 +157,7 @@ def _does(random: Random, adapter: Adapter, names: tuple[str, ...], rate: float,
         if name in adapter.lost and champion and random.random() < adapter.lost[name]:
             return False
     won, lost = adapter.flips
-    gain = adapter.gain if names == (HELD_OUT,) else 0.0
+    gain = adapter.gain if HELD_OUT in names and not adapter.lost.keys() & names else 0.0
     won, lost = won + max(0.0, gain), lost + max(0.0, -gain)
     # Shares are of all tasks; a win can only fall where the champion failed, a loss where it did not.
     if champion:

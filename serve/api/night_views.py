@@ -12,6 +12,8 @@ from memory.ledger import Ledger
 from memory.lineage import runs_of_tenant
 from serve.api.auth import ANYBODY, Caller
 
+WITHHELD = "What else was said names workloads of other tenants; the operator sees it."
+
 
 def sees_all(caller: Caller) -> bool:
     """Whoever works on the service's own machine, and everybody where there are no keys to tell tenants apart by."""
@@ -33,10 +35,12 @@ def decision_for(decision: dict[str, Any], own: set[str]) -> dict[str, Any]:
 
 
 def reasons_for(reasons: Iterable[str], decision: dict[str, Any] | None, own: set[str]) -> list[str]:
-    """The sentences that name no workload of the gate's table but the caller's."""
+    """The sentences that name no workload of the gate's table but the caller's, and whether there are more."""
     named = {row["workload"] for row in decision["table"]} if decision else set()
     hidden = {repr(name) for name in named - own - {None}}
-    return [reason for reason in reasons if not any(name in reason for name in hidden)]
+    told = list(reasons)
+    kept = [reason for reason in told if not any(name in reason for name in hidden)]
+    return kept if len(kept) == len(told) else [*kept, WITHHELD]
 
 
 def event_for(event: dict[str, Any], tenant: str, decision: dict[str, Any] | None, own: set[str]) -> dict[str, Any]:

@@ -310,6 +310,8 @@ def test_a_key_hears_of_its_own_tenants_workloads_only(service: tuple[str, Servi
         mine, whole = get(path, key).text, get(path, OPERATOR_TOKEN).text
         assert "their secret" in whole
         assert "their secret" not in mine
+        assert "names workloads of other tenants" in mine
+        assert "names workloads of other tenants" not in whole
         assert "our maps" in mine
         assert "/srv/data" not in mine
 
