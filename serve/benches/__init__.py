@@ -73,6 +73,11 @@ def benches(settings: Settings, data: Path | None = None, arms: Sequence[str] = 
             lambda: lambda: curve.curve(settings),
         ),
         Bench(
+            "arrivals",
+            "five nights on workloads that come one after the other: learning without forgetting (an hour)",
+            lambda: lambda: curve.arrivals(settings),
+        ),
+        Bench(
             "ablation",
             "one night in many variants (--arm NAME) on the same day and exam, beside stock TRL (two hours)",
             lambda: lambda: ablation.ablation(settings, arms),

@@ -1,4 +1,4 @@
-"""`nightschool bench curve | gsm8k`: several days and nights through the public API, unattended, night by night.
+"""`nightschool bench curve | arrivals | gsm8k`: days and nights through the public API, unattended, night by night.
 
 Resumable: a course lives in its own data folder under `DATA_DIR/bench/`, and the same command goes on. What it
 writes there beside the service's own files: `report.json` and `learning_curve.png`.
@@ -6,6 +6,7 @@ writes there beside the service's own files: `report.json` and `learning_curve.p
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -47,6 +48,10 @@ Connect = Callable[[], AbstractContextManager[Client]]
 NIGHTS = 5
 PER_DAY = 3
 """New tasks of each workload a day: a slow drip, so that there is a curve to see."""
+ARRIVALS = (("chain_sum", "products"), ("gcd",), ("lcm",), ("letter_counting",), ("simple_equations",))
+"""The workloads that each day of `arrivals` brings; the earlier ones go on."""
+PER_ARRIVAL = 6
+"""A day's tasks of each workload that is new; those that are not come once each."""
 HELD_OUT = 12
 HELD_OUT_SEED = 71_001
 WORD_PROBLEMS = 24
@@ -74,6 +79,15 @@ def curve(settings: Settings) -> BenchResult:
     held_out = reasoning_gym_suite(TRAINED_FAMILIES, HELD_OUT, HELD_OUT_SEED, "held_out", "held_out", exclude=taught)
     course = Course("curve", days.__getitem__, correct_value)
     return lived(settings, course, [held_out, *controls(taught)], NIGHTS)
+
+
+def arrivals(settings: Settings) -> BenchResult:
+    """Five nights on workloads that come one after the other; all six are examined from the first night on."""
+    days = arriving(ARRIVALS, PER_ARRIVAL, "arrivals")
+    taught = frozenset(task.fingerprint for tasks in days.values() for task in tasks)
+    held_out = reasoning_gym_suite(TRAINED_FAMILIES, HELD_OUT, HELD_OUT_SEED, "held_out", "held_out", exclude=taught)
+    course = Course("arrivals", days.__getitem__, correct_value)
+    return lived(settings, course, [held_out, *controls(taught)], len(ARRIVALS))
 
 
 def gsm8k(settings: Settings, data: Path | None) -> BenchResult:
@@ -106,6 +120,20 @@ def days_of(count: int, per_day: int, source: str) -> dict[int, list[Task]]:
         # reasoning-gym adds a question's number to the seed: seeds that are near share questions.
         days[day] = reasoning_gym_tasks(TRAINED_FAMILIES, per_day, 1000 * day, source=source, exclude=seen)
         seen |= {task.fingerprint for task in days[day]}
+    return days
+
+
+def arriving(order: Sequence[Sequence[str]], per_arrival: int, source: str) -> dict[int, list[Task]]:
+    """Day, from 1 -> `per_arrival` tasks of each workload that is new then and one of each that came before."""
+    days: dict[int, list[Task]] = {}
+    seen, known = frozenset[str](), set[str]()
+    for day, new in enumerate(order, 1):
+        days[day] = []
+        for names, count in ((new, per_arrival), (known, 1)):
+            families = {name: config for name, config in TRAINED_FAMILIES.items() if name in names}
+            days[day] += reasoning_gym_tasks(families, count, 1000 * day, source=source, exclude=seen)
+        seen |= {task.fingerprint for task in days[day]}
+        known.update(new)
     return days
 
 
@@ -196,6 +224,7 @@ def figures(mornings: Sequence[Morning], gate: GateConfig) -> dict[str, Figure]:
     for each in mornings:
         name = f"night {each.night}" if each.night else "base, no memory"
         found[name] = f"{each.verdict}, generation {each.generation}: {_rate(each.of('held_out'))}"
+        found[f"{name}: workloads"] = _workloads(each.of("held_out"))
         found[f"{name}: controls"] = ", ".join(f"{e.suite} {_rate([e])}" for e in each.of("control"))
         found[f"{name}: prompt tokens per task"] = _prompt_tokens(each.of("held_out"))
     first, last = mornings[0], mornings[-1]
@@ -238,6 +267,15 @@ def _rate(evaluations: Sequence[Evaluation]) -> str:
         return "-"
     low, high = wilson(sum(outcomes), len(outcomes))
     return f"{sum(outcomes) / len(outcomes):.0%} [{low:.0%}, {high:.0%}] ({sum(outcomes)}/{len(outcomes)})"
+
+
+def _workloads(evaluations: Sequence[Evaluation]) -> str:
+    """Tasks done and asked, workload by workload."""
+    asked, done = Counter[str](), Counter[str]()
+    for outcome in (o for e in evaluations for o in e.outcomes):
+        asked[outcome.workload] += 1
+        done[outcome.workload] += outcome.success
+    return ", ".join(f"{name} {done[name]}/{count}" for name, count in asked.items())
 
 
 def _prompt_tokens(evaluations: Sequence[Evaluation]) -> int:

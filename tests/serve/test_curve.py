@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ from evals.chat import chat_suite
 from evals.gate import GateConfig
 from evals.suites import save_suite
 from memory.errors import ConfigError
-from serve.benches.curve import Morning, figures, gsm8k, live
+from serve.benches.curve import Morning, arriving, figures, gsm8k, live
 from serve.client import Client
 from serve.days import Course, correct_value
 from tests.evals.made import evaluation, first
@@ -68,6 +69,23 @@ def test_a_control_that_falls_beyond_its_margin_is_told_however_the_gate_saw_it(
     assert found["worst_control_step_points"] == 25.0
     assert found["worst_step_beyond_margin_points"] == 15.0
     assert found["gain_points"] == pytest.approx(33.3)
+
+
+def test_workloads_arrive_one_by_one_and_the_earlier_ones_go_on() -> None:
+    days = arriving((("gcd", "lcm"), ("products",), ("chain_sum",)), 3, "course")
+    assert [Counter(task.workload for task in tasks) for tasks in days.values()] == [
+        {"gcd": 3, "lcm": 3},
+        {"products": 3, "gcd": 1, "lcm": 1},
+        {"chain_sum": 3, "gcd": 1, "lcm": 1, "products": 1},
+    ]
+    questions = [task.fingerprint for tasks in days.values() for task in tasks]
+    assert len(set(questions)) == len(questions) == 17
+    assert arriving((("gcd", "lcm"), ("products",), ("chain_sum",)), 3, "course") == days
+
+
+def test_what_each_workload_came_to_is_told_night_by_night() -> None:
+    found = figures([Morning(0, "-", 0, [evaluation([True, False, True, True])])], GateConfig())
+    assert found["base, no memory: workloads"] == "sums 2/2, gcd 1/2"
 
 
 def test_word_problems_are_asked_for_by_folder(tmp_path: Path) -> None:
