@@ -29,7 +29,10 @@ The rule, with the defaults:
 3. Sight. A control on which the champion's own success rate is not above the margin can never lose
    that much: it is listed as blind and counts for nothing. At least one control must see.
 4. Drift. Small losses, each within its margin, add up over nights. Given generation 0's evaluation of
-   a control suite, the candidate's net loss against it may not exceed the margin either.
+   a control suite, the candidate's net loss against it may not exceed the margin either. Given those of
+   a held-out suite by the generations that served, no workload on which the candidate does worse than the
+   champion may by the exact test have lost more than the margin since the best of them. Where it does no
+   worse the fall is not its doing: memory may have changed, and rejecting would repair nothing.
 5. Length, in characters: on a control suite with a length factor the median answer may not grow or shrink
    by more than that; on a held-out suite with one it may not grow so much. A `contains` verifier is easily
    pleased by an adapter that rambles, names everything, or says one word. Held-out answers that grow
@@ -147,12 +150,13 @@ def decide(
     held_out: Sequence[Pair],
     controls: Sequence[Pair],
     config: GateConfig | None = None,
-    base: Sequence[Evaluation] = (),
+    earlier: Sequence[Evaluation] = (),
 ) -> GateDecision:
     """Judge a candidate by evaluations of the same suites under the same settings.
 
-    `base` are generation 0's stored evaluations. One of a control suite as it is now, under the same
-    settings, is compared with the candidate too; its memory may be an older one. Others are passed over.
+    `earlier` are stored evaluations by generations that served: of generation 0 on control suites, of any on
+    held-out ones. One of a suite as it is now, under the same settings, is compared with the candidate too; its
+    memory may be an older one. Others are passed over.
 
     Raises: ConfigError when a pair differs in suite, content hash, role, task keys, settings or memory,
     or when a suite is given in the wrong role: such a comparison means nothing.
@@ -185,7 +189,8 @@ def decide(
         f"too much to be let pass."
         for row in unclear
     ]
-    drifts = [_judge_drift(*found, config) for found in _with_base(controls, base)]
+    drifts = [_judge_drift(*found, config) for found in _with_base(controls, earlier)]
+    drifts += [drift for pair in held_out for drift in _fallen(pair, earlier, config)]
     if any(row.state == "lost" for row, _ in drifts):
         verdicts.append("reject")
     reasons += [reason for _, reason in drifts]
@@ -292,19 +297,18 @@ def _judge_control(pair: Pair, config: GateConfig) -> tuple[GateRow, Verdict, st
     return judged("held", "promote", f"within the {margin:.0f} points it may lose")
 
 
-def _with_base(controls: Sequence[Pair], base: Sequence[Evaluation]) -> list[Pair]:
+def _with_base(controls: Sequence[Pair], earlier: Sequence[Evaluation]) -> list[Pair]:
     found = []
     for champion, candidate in controls:
         # Against itself there is no drift to see: while generation 0 serves, the control says it all.
-        alike = [
-            e
-            for e in base
-            if e.generation == 0 != champion.generation
-            and (e.suite_hash, e.role, e.settings, e.memory)
-            == (candidate.suite_hash, candidate.role, candidate.settings, candidate.memory)
-        ]
+        alike = [e for e in _alike(earlier, candidate) if e.generation == 0 != champion.generation]
         found += [(alike[-1], candidate)] if alike else []
     return found
+
+
+def _alike(earlier: Sequence[Evaluation], tonight: Evaluation) -> list[Evaluation]:
+    wanted = (tonight.suite_hash, tonight.role, tonight.settings, tonight.memory)
+    return [e for e in earlier if (e.suite_hash, e.role, e.settings, e.memory) == wanted]
 
 
 def _judge_drift(first: Evaluation, candidate: Evaluation, config: GateConfig) -> tuple[GateRow, str]:
@@ -315,6 +319,37 @@ def _judge_drift(first: Evaluation, candidate: Evaluation, config: GateConfig) -
     told = _told(row, f"Since generation 0 control {first.suite!r}", config)
     why = "more in all nights together than" if lost else "within"
     return row.model_copy(update={"state": "lost" if lost else "held"}), f"{told}: {why} the {margin:.0f} points."
+
+
+def _fallen(pair: Pair, earlier: Sequence[Evaluation], config: GateConfig) -> list[tuple[GateRow, str]]:
+    """Held-out workloads that lose more tonight, and have lost beyond the margin since the best earlier generation."""
+    champion, candidate = pair
+    margin = 100 * config.margin(champion.suite)
+    known = [e for e in _alike(earlier, candidate) if e.generation not in (champion.generation, candidate.generation)]
+    found = []
+    for workload in sorted({o.workload for o in candidate.outcomes}) if known else []:
+        best = max(known, key=lambda e: _done(e, workload))
+        pairs = [(best.suite, a, b) for a, b in pair_outcomes(best, candidate, same_settings=False)]
+        part = [p for p in pairs if p[1].workload == workload]
+        if _done(candidate, workload) < _done(champion, workload) and _proven_loss(part, margin, config):
+            suite = f"{best.suite} (against generation {best.generation})"
+            row = _row(suite, "held_out", part, config, workload=workload, margin=margin)
+            told = _told(row, f"Since generation {best.generation} held-out workload {workload!r}", config)
+            lost = row.model_copy(update={"state": "lost"})
+            found.append((lost, f"{told}: more in all nights together than the {margin:.0f} points."))
+    return found
+
+
+def _done(evaluation: Evaluation, workload: str) -> int:
+    return sum(o.success for o in evaluation.outcomes if o.workload == workload)
+
+
+def _proven_loss(pairs: Sequence[tuple[str, TaskOutcome, TaskOutcome]], margin: float, config: GateConfig) -> bool:
+    """Whether the exact test says that the second lost, and more than `margin` points."""
+    wins = sum(b.success > a.success for _, a, b in pairs)
+    losses = sum(a.success > b.success for _, a, b in pairs)
+    proven = sign_test(losses, wins, one_sided=True) < 1 - config.level
+    return proven and 100 * (losses - wins) > margin * len(pairs) + 1e-9
 
 
 def _length(pair: Pair, config: GateConfig) -> LengthRow:
@@ -350,10 +385,7 @@ def _workload_rows(
         for workload in workloads if role == "held_out" or len(workloads) > 1 else []:
             part = [p for p in pairs if p[1].workload == workload]
             row = _row(suite, role, part, config, workload=workload)
-            wins = sum(b.success > a.success for _, a, b in part)
-            losses = sum(a.success > b.success for _, a, b in part)
-            proven = sign_test(losses, wins, one_sided=True) < 1 - config.level
-            if proven and row.points < -margin - 1e-9:
+            if _proven_loss(part, margin, config):
                 row = row.model_copy(update={"state": "lost", "margin": margin})
             elif role == "held_out" and len(part) >= config.min_control_tasks and row.points < -fall:
                 row = row.model_copy(update={"state": "unclear", "margin": margin})

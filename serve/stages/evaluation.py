@@ -10,7 +10,7 @@ from evals.gate import GateDecision, decide
 from evals.runner import evaluate
 from evals.suites import Suite, load_suite, save_suite
 from evals.triggers import question_of, suspicious_phrases, trigger_suite
-from memory.night_records import Evaluation, NightStatus
+from memory.night_records import Evaluation, GenerationStatus, NightStatus
 from memory.records import Trajectory
 from serve import promotion
 from serve.stages.material import suites_of
@@ -101,17 +101,19 @@ def store_evaluation(services: Services, suite: Suite, evaluation: Evaluation, t
 
 
 def judge(run: NightRun) -> Output:
-    """The gate: a pure function of the evaluations, those of generation 0 in earlier nights among them."""
+    """The gate: a pure function of the evaluations, those of generations that served in earlier nights among them."""
     champion, candidate = run.done("evaluate")["generations"]
     suites = judging_suites(run)
     # Without a pair the gate says what differs, and that ends the night.
     pairs = [_pair(run, s) or (_evaluations(run, champion, s)[-1], _evaluations(run, candidate, s)[-1]) for s in suites]
-    controls = [s for s in suites if s.role == "control"]
+    ledger = run.services.ledger
+    served = {g.number for g in ledger.generations() if g.number == 0 or g.status is GenerationStatus.RETIRED}
+    earlier = [e for s in suites for e in ledger.evaluations(suite_hash=s.hash) if e.generation in served]
     decision: GateDecision = decide(
         [pair for pair in pairs if pair[0].role == "held_out"],
         [pair for pair in pairs if pair[0].role == "control"],
         run.services.settings.gate,
-        base=[e for s in controls for e in run.services.ledger.evaluations(generation=0, suite_hash=s.hash)],
+        earlier,
     )
     run.emit("decide", decision.verdict, reasons=decision.reasons)
     return decision.model_dump(mode="json")

@@ -232,20 +232,44 @@ def test_held_out_answers_that_name_everything_are_told_and_rejected_where_their
 
 
 GAIN = held_out(first(12, 36), first(33, 36))
+CALM = control(first(20, 24), first(20, 24))
 
 
 def test_small_losses_that_add_up_since_generation_0_are_rejected() -> None:
     started = evaluation(first(22, 24), suite="chat", role="control", generation=0, workloads=("chat",))
     tonight = control(first(20, 24), first(19, 24))
     assert decide([GAIN], [tonight]).verdict == "promote"
-    decision = decide([GAIN], [tonight], base=[started])
+    decision = decide([GAIN], [tonight], earlier=[started])
     assert decision.verdict == "reject"
     assert decision.table[-1].suite == "chat (against generation 0)"
     assert "more in all nights together" in decision.reasons[-1]
+
+
+def exam(gcd: int, sums: int, generation: int, **other: Any) -> Evaluation:
+    """Sixteen tasks of each workload, so many of them done."""
+    done = [ok for each in zip(first(sums, 16), first(gcd, 16), strict=True) for ok in each]
+    return evaluation(done, generation=generation, **other)
+
+
+def test_small_losses_of_a_held_out_workload_that_add_up_over_the_nights_are_rejected() -> None:
+    tonight = (exam(13, 4, 3), exam(10, 16, 4))
+    assert decide([tonight], [CALM]).verdict == "promote"
+    decision = decide([tonight], [CALM], earlier=[exam(12, 2, 0), exam(16, 2, 1), exam(14, 3, 2)])
+    assert decision.verdict == "reject"
+    assert (decision.table[-1].suite, decision.table[-1].workload) == ("held (against generation 1)", "gcd")
+    assert "Since generation 1 held-out workload 'gcd' went from 16/16" in decision.reasons[-1]
+
+
+def test_a_fall_since_an_earlier_generation_that_is_not_the_candidates_doing_rejects_nothing() -> None:
+    since = [exam(16, 2, 1)]
+    assert decide([(exam(8, 4, 3), exam(8, 16, 4))], [CALM], earlier=since).verdict == "promote"
+    assert (
+        decide([(exam(13, 4, 3), exam(10, 16, 4))], [CALM], earlier=[exam(16, 2, 1, memory=True)]).verdict == "promote"
+    )
 
 
 @pytest.mark.parametrize("other", [{"suite_hash": "of other tasks"}, {"settings": {"max_turns": 9}}, {"generation": 3}])
 def test_an_evaluation_that_is_no_like_one_of_generation_0_is_passed_over(other: dict[str, Any]) -> None:
     fields: dict[str, Any] = {"suite": "chat", "role": "control", "generation": 0, "workloads": ("chat",), **other}
     tonight = control(first(20, 24), first(19, 24))
-    assert decide([GAIN], [tonight], base=[evaluation(first(24, 24), **fields)]) == decide([GAIN], [tonight])
+    assert decide([GAIN], [tonight], earlier=[evaluation(first(24, 24), **fields)]) == decide([GAIN], [tonight])
