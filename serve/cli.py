@@ -327,13 +327,8 @@ def demo(
 
 
 def _say(text: str) -> None:
-    """One line per change of state."""
-    if _say.last != text:  # type: ignore[attr-defined]
-        _say.last = text  # type: ignore[attr-defined]
-        err.print(f"[dim]{text}[/dim]")
-
-
-_say.last = ""  # type: ignore[attr-defined]
+    """A line about what is waited for."""
+    err.print(f"[dim]{text}[/dim]")
 
 
 def main() -> None:

@@ -131,7 +131,7 @@ def _info_of(process: subprocess.Popen[bytes] | None, settings: Settings, say: C
 def _wait_ready(
     client: Client, process: subprocess.Popen[bytes] | None, settings: Settings, say: Callable[[str], None]
 ) -> None:
-    deadline = time.monotonic() + START_TIMEOUT_S
+    deadline, told = time.monotonic() + START_TIMEOUT_S, None
     while time.monotonic() < deadline:
         _check_alive(process, settings)
         try:
@@ -142,7 +142,9 @@ def _wait_ready(
             return
         if state.get("engine") == "failed":
             raise EngineError(f"the engine does not start; see {settings.data_dir / 'engine.log'}")
-        say(f"the engine is {state.get('engine')}")
+        if (engine := state.get("engine")) != told:
+            say(f"the engine is {engine}")
+            told = engine
         time.sleep(0.5)
     raise EngineError(f"the engine was not ready in {START_TIMEOUT_S:.0f} s; see {settings.data_dir / 'engine.log'}")
 
