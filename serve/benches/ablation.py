@@ -71,6 +71,7 @@ ARMS = (
     ),
     Arm("without rehearsal", {"NIGHT__REHEARSAL": "0"}),
     Arm("with interpolation", {"TRAIN__INTERPOLATE": "[0.5, 0.7]"}),
+    Arm("sixteen blocks trained", {"TRAIN__LAYERS": "16"}),
     Arm("standard profile (all blocks trained)", {"TRAIN__PROFILE": "standard"}),
     Arm("with practice (24 tasks tried again)", {"NIGHT__PRACTICE": "24"}),
     Arm("two past runs recalled", {"RECALL__RUNS": "2"}, bare_too=True),
