@@ -10,7 +10,7 @@ from pathlib import Path
 
 from evals.bench import Bench, registry
 from evals.power import gate_bench
-from serve.benches import ablation, agent, curve, engine, escalation, front, recall, retrieval, swap, usefulness
+from serve.benches import ablation, agent, curve, engine, escalation, front, recall, retrieval, swap, train, usefulness
 from serve.settings import Settings
 
 
@@ -24,8 +24,8 @@ def benches(settings: Settings, data: Path | None = None, arms: Sequence[str] = 
         ),
         Bench(
             "train",
-            "tokens/s of each training profile against a stock TRL script",
-            lambda: lambda: engine.train(settings),
+            "tokens/s and held-out success of each way to train against a stock TRL script (an hour)",
+            lambda: lambda: train.train(settings),
         ),
         Bench(
             "gateway",

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,10 +27,11 @@ from evals.stats import wilson
 from evals.suites import TRAINED_FAMILIES, Suite, load_suite, reasoning_gym_suite, reasoning_gym_tasks, save_suite
 from memory.errors import ConfigError
 from memory.jsonl import lines_of
-from memory.night_records import Evaluation
 from memory.records import Task
 from serve.benches.curve import HELD_OUT, HELD_OUT_SEED, controls
-from serve.benches.engine import STOCK_SCRIPT, live_engine, stock_rows
+from serve.benches.engine import live_engine
+from serve.benches.exams import examine, exams_of, rate
+from serve.benches.train import corrected, stock
 from serve.client import Client, connect
 from serve.days import Course, Timings, correct, correct_value, evaluations_in, live_day, live_night
 from serve.settings import Settings
@@ -281,21 +281,12 @@ def stock_arm(settings: Settings, folder: Path, taught: Path, engine: Engine, ba
     if finished.exists():
         return Scores.model_validate_json(finished.read_text())
     console.rule("[bold]stock TRL SFT on the same corrections")
-    out, rows = folder / "stock-adapter", stock_rows([t for t in taught_tasks(PER_WORKLOAD) if t.id in _failed(taught)])
-    (folder / "stock-rows.json").write_text(json.dumps(rows))
-    (folder / "stock.py").write_text(STOCK_SCRIPT)
-    arguments = [
-        folder / "stock.py",
-        folder / "stock-rows.json",
-        base,
-        out,
-        settings.train.epochs,
-        settings.train.learning_rate,
-    ]
-    subprocess.run([str(settings.trainer_python), *map(str, arguments)], check=True, capture_output=True)
+    tasks = [t for t in taught_tasks(PER_WORKLOAD) if t.id in _failed(taught)]
+    stock(settings, base, tasks, folder / "stock", settings.train.epochs)
     exam = [load_suite(path) for path in sorted((taught / "suites").glob("*.jsonl"))]
-    found = asyncio.run(_examine(settings, engine, out, exam))
-    scores = Scores(arm="stock TRL SFT", verdict="-", corrections=len(rows), rows=len(rows), exams=exams_of(found))
+    found = asyncio.run(examine(settings, engine, "stock", folder / "stock" / "adapter", exam))
+    rows = len(corrected(tasks))
+    scores = Scores(arm="stock TRL SFT", verdict="-", corrections=rows, rows=rows, exams=exams_of(found))
     finished.write_text(scores.model_dump_json())
     return scores
 
@@ -312,53 +303,10 @@ def _failed(taught: Path) -> set[str]:
         ledger.close()
 
 
-async def _examine(settings: Settings, engine: Engine, adapter: Path, exam: Sequence[Suite]) -> list[Evaluation]:
-    from agent.engine_client import EngineClient
-    from agent.run import AgentDeps, ModelRef
-    from evals.runner import evaluate
-    from serve import adapters
-
-    await adapters.load(engine, "stock", adapter)
-    llm = EngineClient(engine, settings.llm)
-    try:
-        return [
-            (
-                await evaluate(
-                    suite,
-                    ModelRef(1, "stock"),
-                    AgentDeps(llm=llm, config=settings.agent),
-                    memory=False,
-                    memory_watermark="",
-                    concurrency=settings.night.concurrency,
-                    on_progress=lambda _done, _total: None,
-                )
-            )[0]
-            for suite in exam
-        ]
-    finally:
-        await llm.close()
-        await adapters.unload(engine, "stock")
-
-
-def exams_of(evaluations: Sequence[Evaluation]) -> dict[str, tuple[int, int]]:
-    """Successes and tasks by suite, held-out suites together as `held out`."""
-    found: dict[str, tuple[int, int]] = {}
-    for evaluation in evaluations:
-        name = "held out" if evaluation.role == "held_out" else evaluation.suite
-        hits, n = found.get(name, (0, 0))
-        found[name] = (hits + sum(o.success for o in evaluation.outcomes), n + len(evaluation.outcomes))
-    return found
-
-
 def show(measured: Mapping[str, Scores], path: Path, title: str, console: Console) -> None:
     """Draw the held-out exams under these names."""
     variants({name: scores.exams["held out"] for name, scores in measured.items()}, path, title)
     console.print(f"{path.name}: {path.parent}", highlight=False)
-
-
-def rate(count: tuple[int, int]) -> float:
-    """Success in 0..1; 0 where nothing was asked."""
-    return count[0] / count[1] if count[1] else 0.0
 
 
 def lines(scores: Scores) -> dict[str, Figure]:
