@@ -52,8 +52,9 @@ def _story(report: NightReport) -> str:
     told = f'<p class="headline"><strong class="{colour}">{escape(first)}</strong></p>'
     told += "".join(f"<p>{escape(sentence)}</p>" for sentence in others)
     # The gate's section lists its own reasons under its table's title.
-    if report.gate is None and report.reasons:
-        told += f"<ul>{''.join(f'<li>{escape(reason)}</li>' for reason in report.reasons)}</ul>"
+    others = [reason for reason in report.reasons if report.gate is None or reason not in report.gate.reasons]
+    if others:
+        told += f"<ul>{''.join(f'<li>{escape(reason)}</li>' for reason in others)}</ul>"
     return told
 
 

@@ -66,7 +66,9 @@ def night_report(ledger: Ledger, night: Night, model: str, *, tenant: str | None
         voices=_voices(ledger, mine, named=tenant is None),
         elsewhere=len(examples) - len(mine),
     )
-    reasons = gate.reasons if gate else night.reasons
+    judged = gate.reasons if gate else []
+    # What went wrong behind the decision is the night's word, and stands beside the gate's.
+    reasons = [*judged, *(reason for reason in night.reasons if reason not in judged)]
     trained = outputs.get("train")
     return NightReport(
         night=night.id,

@@ -14,7 +14,7 @@ from evals.suites import Suite
 from memory.forget import must_start_from_base
 from memory.items import RECALLABLE
 from memory.ledger import Ledger
-from memory.night_records import NightStatus
+from memory.night_records import Night, NightStatus
 from memory.records import FeedbackKind, MemoryStatus, Purpose, Trajectory, Trust
 from serve import lessons, promotion
 from serve.stages.night_run import NightRun, Output
@@ -57,6 +57,28 @@ def learned_upto(ledger: Ledger, champion: int) -> dict[str, int]:
             practised = ledger.stage(night.id, "practice")
             line = stage.output["upto"] | ({"practice": practised.output["upto"]} if practised else {})
     return line
+
+
+def tried_upto(run: NightRun) -> dict[str, int]:
+    """The line up to which training from tonight's champion has been tried: what it learned, and what a night that was
+    rejected since had learned from. Trained again on the same, it would be rejected again; where evidence was wanting,
+    by the same exam."""
+    ledger, champion = run.services.ledger, run.done("snapshot")["champion"]
+    line = learned_upto(ledger, champion)
+    for night in ledger.nights():
+        drawn, decided = ledger.stage(night.id, "snapshot"), ledger.stage(night.id, "decide")
+        whole = not any(night.options.get(name) for name in PARTIAL)
+        if not whole or night.status is not NightStatus.REJECTED or drawn is None or decided is None:
+            continue
+        if drawn.output["champion"] == champion and (decided.output["verdict"] == "reject" or _same_exam(run, night)):
+            line = {kind: max(seq, drawn.output["upto"].get(kind, 0)) for kind, seq in line.items()}
+    return line
+
+
+def _same_exam(run: NightRun, night: Night) -> bool:
+    judged = run.services.ledger.stage(night.id, "evaluate")
+    asked: dict[str, str] = judged.output["suites"] if judged else {}
+    return all(asked.get(suite.name) == suite.hash for suite in suites_of(run))
 
 
 def load_snapshot(run: NightRun) -> Snapshot:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from distill.snapshot import Snapshot
 from memory.forget import must_start_from_base
 from memory.records import FeedbackKind, Purpose, Trajectory
-from serve.stages.material import DAYS, learned_upto
+from serve.stages.material import DAYS, learned_upto, tried_upto
 from serve.stages.night_run import NightRun
 from serve.stages.practice import PRACTICE
 
@@ -16,16 +16,17 @@ TELLING = (FeedbackKind.CORRECTION, FeedbackKind.HINT, FeedbackKind.PREFERENCE)
 def nothing_new(run: NightRun, material: Snapshot) -> str | None:
     """Why training on `material` would teach nothing new; None when it may.
 
-    New is what came after the line up to which the champion has learned, however far back tonight's examples go. Never
-    said of a night that was told what to learn (recipes, an uploaded file), that practises, or that has to train
-    because something was forgotten.
+    New is what came after the line up to which training from the champion has been tried, however far back tonight's
+    examples go. Never said of a night that was told what to learn (recipes, an uploaded file), that practises, or that
+    has to train because something was forgotten.
     """
     ledger, config, options = run.services.ledger, run.services.settings.night, run.night.options
     told = any(options.get(name) for name in ("training_file", "recipes", PRACTICE)) or config.practice
     drawn = run.done("snapshot")
     if told or not config.min_failures or must_start_from_base(ledger.database, ledger.generation(drawn["champion"])):
         return None
-    since = drawn["since"] if options.get("since") else learned_upto(ledger, drawn["champion"])
+    learned, tried = learned_upto(ledger, drawn["champion"]), tried_upto(run)
+    since = drawn["since"] if options.get("since") else tried
     upto = drawn["upto"]
     made = ledger.trajectories(after_seq=since["trajectory"], upto_seq=upto["trajectory"], purpose=DAYS)
     said = ledger.feedback(after_seq=since["feedback"], upto_seq=upto["feedback"])
@@ -39,7 +40,10 @@ def nothing_new(run: NightRun, material: Snapshot) -> str | None:
         if found
         else "no new run failed, and nobody whose word is trusted corrected one or gave a hint"
     )
-    return f"{few}: nothing new to learn (night.min_failures is {config.min_failures})"
+    told = f"{few}: nothing new to learn (night.min_failures is {config.min_failures})"
+    # Changed settings may be worth another try, which only its user can know.
+    again = "; what a rejected night learned from is taken again with --since or --recipes" if tried != learned else ""
+    return told + again
 
 
 def _tells(material: Snapshot, run: Trajectory) -> bool:

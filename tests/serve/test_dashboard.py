@@ -329,3 +329,19 @@ def test_a_night_that_skipped_itself_has_a_report_too(service: tuple[str, Servic
     assert "only 3 examples" in get(f"{url}/v1/nights/{night.id}/report", key, format="html").text
     assert get(f"{url}/v1/nights/night_unknown/report", key).status_code == 404
     assert get(f"{url}/v1/nights/{night.id}/report", key, format="pdf").status_code == 400
+
+
+def test_what_ended_a_night_behind_its_decision_stands_in_its_report(
+    service: tuple[str, Services, Night], key: str
+) -> None:
+    url, services, _ = service
+    night = Night()
+    services.ledger.add_night(night)
+    decision = {"verdict": "promote", "reasons": ["better by ten"], "table": []}
+    services.ledger.record_stage(StageRun(night_id=night.id, stage="decide", output=decision, seconds=1.0))
+    services.ledger.end_night(night.id, NightStatus.FAILED, ["the engine did not load <gen-9>"])
+    report = get(f"{url}/v1/nights/{night.id}/report", key).json()
+    assert report["reasons"] == ["better by ten", "the engine did not load <gen-9>"]
+    page = get(f"{url}/v1/nights/{night.id}/report", key, format="html").text
+    assert page.count("the engine did not load &lt;gen-9&gt;") == 1
+    assert page.count("better by ten") == 1

@@ -15,6 +15,7 @@ from memory.records import Feedback, FeedbackKind, Outcome, OutcomeSource, Purpo
 from serve import promotion
 from serve.stages.material import load_snapshot, snapshot
 from serve.stages.worth import nothing_new
+from serve.suites import configured_suites
 from serve.wiring import open_ledger
 from tests.memory import samples
 from tests.serve.fakes import settings_in
@@ -124,3 +125,39 @@ def test_what_was_forgotten_has_to_leave_the_weights_whatever_the_day_brought(
     ran(ledger)
     monkeypatch.setattr("serve.stages.worth.must_start_from_base", lambda *_: True)
     assert why(ledger, tmp_path) is None
+
+
+def rejected(ledger: Ledger, folder: Path, verdict: str, exam: dict[str, str]) -> None:
+    """A night that drew its line here and was judged by these suites (name -> hash)."""
+    night = Night()
+    run = night_in(ledger, folder, [], night)
+    outputs = {"snapshot": snapshot(run), "evaluate": {"suites": exam}, "decide": {"verdict": verdict}}
+    for stage, output in outputs.items():
+        ledger.record_stage(StageRun(night_id=night.id, stage=stage, output=output, seconds=0.0))
+    ledger.end_night(night.id, NightStatus.REJECTED, ["no better"])
+
+
+def test_what_a_night_was_rejected_for_is_not_tried_again_before_something_comes_besides(
+    ledger: Ledger, tmp_path: Path
+) -> None:
+    ran(ledger, score=0.0)
+    rejected(ledger, tmp_path, "reject", {})
+    ran(ledger, "What is 4 + 1?")
+    assert "taken again with --since" in str(why(ledger, tmp_path))
+    assert why(ledger, tmp_path, {"since": "2020-01-01T00:00:00+00:00"}) is None
+    failed = ran(ledger, "What is 4 + 2?", score=0.0)
+    assert why(ledger, tmp_path) is None
+    # And then from all of it.
+    night = Night()
+    run = night_in(ledger, tmp_path, [], night)
+    ledger.record_stage(StageRun(night_id=night.id, stage="snapshot", output=snapshot(run), seconds=0.0))
+    assert {failed.id} < {t.id for t in load_snapshot(run).trajectories}
+
+
+def test_where_evidence_was_wanting_a_larger_exam_is_worth_another_try(ledger: Ledger, tmp_path: Path) -> None:
+    ran(ledger, score=0.0)
+    exam = {suite.name: suite.hash for suite in configured_suites(settings_in(tmp_path), ledger)}
+    rejected(ledger, tmp_path, "not_enough_evidence", exam | {"held_out": "a smaller one"})
+    assert why(ledger, tmp_path) is None
+    rejected(ledger, tmp_path, "not_enough_evidence", exam)
+    assert "nothing new to learn" in str(why(ledger, tmp_path))
