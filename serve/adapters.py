@@ -1,7 +1,8 @@
 """Adapters in the engine: proved before they serve, under names that are never used twice.
 
-Owns checking an adapter's files, loading, probing and unloading it, and `Residency`: which adapters are
-loaded now, and by how many requests each is in use. Owns no promotion (`serve.promotion`) and no training.
+Owns checking an adapter's files, loading and unloading it, and `Residency`: which adapters are
+loaded now, and by how many requests each is in use. Owns no proof (`serve.proving`), no
+promotion (`serve.promotion`) and no training.
 
 A name holds the hash of the weights (`Generation.served_name`), so a name is never reloaded with other
 weights: vLLM could answer from the old adapter's cached prefixes (vLLM #42125).
@@ -16,15 +17,16 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from agent.llm import Endpoint
-from distill.train.proof import PROBES, Proof, read_proof
+from distill.train.proof import Proof, read_proof
 from memory.errors import EngineError
 from memory.night_records import Generation
 from serve.engine import EngineUnreachableError, request
 from serve.engine_settings import BASE_NAME
 from serve.models import file_sha256
+from serve.proving import Probe, probe
 
 log = logging.getLogger(__name__)
 
@@ -33,30 +35,11 @@ T = TypeVar("T")
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 UNSAFE = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
-MIN_DELTA = 1e-3
-"""The largest log-prob difference over the probes that an adapter must make, in nats, and with a proof the mean that
-it made in training. One that is not applied makes none; batching alone made less than 2e-4 in float32."""
-CLEARLY = 1.25
-"""So many times the rounding an adapter's mean effect must be. SmolLM2-135M in bfloat16 against a proof in float32:
-batching alone makes 0.1 times, an adapter of 0.04 nats 1.5 times. In float32 any effect is thousands of times."""
-
 LOAD_TIMEOUT_S = 180.0
 DRAIN_TIMEOUT_S = 600.0
 READY_TIMEOUT_S = 900.0
 ATTEMPTS = 3
 """Tries to bring an adapter in while the engine dies and comes back."""
-
-
-@dataclass(frozen=True)
-class Probe:
-    """What the engine says of the probe prompts with the adapter, beside what it should say, in nats."""
-
-    max_delta: float
-    """From the base model: the largest difference at a token."""
-    mean_delta: float
-    tokens: int
-    error: float | None = None
-    """From the trainer's own figures: the mean difference. None: the adapter has no `proof.json`."""
 
 
 def adapter_sha256(folder: Path) -> str:
@@ -118,85 +101,6 @@ async def unload(engine: Endpoint, name: str) -> None:
         await request(engine, "POST", "/v1/unload_lora_adapter", {"lora_name": name}, timeout=LOAD_TIMEOUT_S)
 
 
-async def probe(engine: Endpoint, name: str, proof: Proof | None = None, tolerance: float = 0.05) -> Probe:
-    """Prove that the adapter is applied: its log-probs must differ from the base model's and, with the trainer's
-    `proof`, be the ones that were trained, within `tolerance` nats on average.
-
-    EngineError when they are not. (Adapters that bind to no module, or that a bug leaves out, serve the
-    base model's answers and look healthy: vLLM #48019, verl #7495.)
-    """
-    prompts: list[Any] = list(PROBES) if proof is None else [row.token_ids for row in proof.rows]
-    base, adapted = await asyncio.gather(_logprobs(engine, BASE_NAME, prompts), _logprobs(engine, name, prompts))
-    if len(base) != len(adapted):
-        raise EngineError(f"the engine gave {len(adapted)} probe tokens for {name} and {len(base)} for the base model")
-    deltas = [abs(a - b) for a, b in zip(adapted, base, strict=True)]
-    error = _compared(name, proof, base, adapted, tolerance) if proof is not None else None
-    result = Probe(max(deltas), sum(deltas) / len(deltas), len(deltas), error)
-    if not result.max_delta >= MIN_DELTA:
-        raise EngineError(
-            f"{name} is loaded but changes nothing (largest log-prob difference {result.max_delta:.1e} over "
-            f"{result.tokens} tokens): its weights are empty or fit no module of the base model"
-        )
-    return result
-
-
-def _compared(name: str, proof: Proof, base: list[float], adapted: list[float], tolerance: float) -> float:
-    """The mean distance of the engine's log-probs from the trainer's; EngineError when it is none of rounding."""
-    trained = [value for row in proof.rows for value in row.adapted]
-    plain = [value for row in proof.rows for value in row.base]
-    if len(trained) != len(adapted) or len(plain) != len(adapted):
-        raise EngineError(f"the engine gave {len(adapted)} probe tokens for {name} and the trainer {len(trained)}")
-    noise, error, effect = _distance(base, plain), _distance(adapted, trained), _distance(trained, plain)
-    if not noise <= tolerance:
-        raise EngineError(
-            f"{name} was trained on another base model than the engine serves: without the adapter their log-probs "
-            f"differ by {noise:.2g} nats on average, {tolerance:g} may come from rounding (engine.proof_tolerance)"
-        )
-    if not effect >= MIN_DELTA:
-        raise EngineError(
-            f"{name} changes nothing: the trainer itself found a difference of only {effect:.1e} nats on average"
-        )
-    # A weak adapter that is applied wrongly would pass inside the tolerance: rounding is no larger than it is without.
-    allowed = min(tolerance, max(effect / 2, 2 * noise))
-    if not error <= allowed:
-        raise EngineError(
-            f"{name} is not served as it was trained: its log-probs differ from the trainer's by {error:.2g} nats on "
-            f"average, {allowed:.2g} may come from rounding (at most engine.proof_tolerance)"
-        )
-    # One that is not applied differs as well, by what two batches round differently.
-    seen = _distance(adapted, base)
-    if not seen > CLEARLY * noise:
-        raise EngineError(
-            f"{name} cannot be told from the base model: their log-probs differ by {seen:.2g} nats on average, and by "
-            f"rounding alone {noise:.2g} (is engine.dtype another than the trainer's?)"
-        )
-    return error
-
-
-def _distance(one: list[float], other: list[float]) -> float:
-    return sum(abs(a - b) for a, b in zip(one, other, strict=True)) / len(one)
-
-
-async def _logprobs(engine: Endpoint, model: str, prompts: list[Any]) -> list[float]:
-    """The log-probs of the probe prompts' own tokens, in order; the prompts are texts or token ids."""
-    # Prompt log-probs, not generated ones: the same tokens on both sides, and never from the prefix cache.
-    payload = {"model": model, "prompt": prompts, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
-    reply = await request(
-        engine, "POST", "/v1/completions", payload | {"return_token_ids": True}, timeout=LOAD_TIMEOUT_S
-    )
-    values: list[float] = []
-    try:
-        for choice in sorted(reply["choices"], key=lambda choice: choice["index"]):
-            tokens = choice["prompt_token_ids"]
-            for token, entry in list(zip(tokens, choice["prompt_logprobs"], strict=True))[1:]:
-                values.append(float(entry[str(token)]["logprob"]))
-    except (KeyError, TypeError, ValueError) as exc:
-        raise EngineError(f"the engine gave no prompt log-probs for {model}: {type(exc).__name__} {exc}") from exc
-    if not values:
-        raise EngineError(f"the engine gave no prompt log-probs for {model}")
-    return values
-
-
 class Each(Protocol):
     """Does `act` at every engine that adapters are brought into; what it gave at each."""
 
@@ -233,7 +137,7 @@ class Residency:
         root: Path,
         *,
         max_loras: int = 3,
-        tolerance: float = 0.05,
+        tolerance: float = 0.1,
         each: Each | None = None,
     ) -> None:
         """`each`: of the several engines that `engine` stands for (`serve.replicas`)."""
@@ -243,6 +147,7 @@ class Residency:
         self._max = max_loras
         self._tolerance = tolerance
         self._slots: dict[str, _Slot] = {}
+        self._proofs: dict[str, Proof] = {}
         self._kept: list[str] = []
         self._clock = 0
         self._changing = asyncio.Lock()
@@ -392,9 +297,13 @@ class Residency:
         name = generation.served_name
         if proof is None:
             log.warning("%s has no proof.json (an older trainer's): proved is only that it changes the answers", name)
+        # Those seen so far: an engine that mixes adapters up answers as one of them.
+        others = {known: its for known, its in self._proofs.items() if known != name}
+        if proof is not None:
+            self._proofs[name] = proof
         await each(lambda engine: load(engine, name, folder))
         try:
-            return (await each(lambda engine: probe(engine, name, proof, self._tolerance)))[0]
+            return (await each(lambda engine: probe(engine, name, proof, self._tolerance, others)))[0]
         except EngineError:
             await self._try_unload(name, each)
             raise

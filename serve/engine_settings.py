@@ -38,9 +38,9 @@ class EngineConfig(BaseModel):
         default=None, ge=1, description="CPU: compute threads, unpinned; default: vLLM's choice"
     )
     proof_tolerance: float = Field(
-        default=0.05,
+        default=0.1,
         gt=0,
-        description="nats on average by which a loaded adapter's log-probs may differ from the trainer's",
+        description="nats on average by which the base model's log-probs may differ from the trainer's, by rounding",
     )
     during_training: Literal["share", "sleep", "stop"] = Field(
         default="share", description="beside the trainer on its GPU, or out of its way: sleep keeps the process"

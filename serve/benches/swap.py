@@ -169,7 +169,7 @@ def _asked(n: int) -> dict[str, Any]:
 async def _alone(services: Services, made: Sequence[Generation]) -> dict[str, Any]:
     """Median seconds of load, proof and unload on an idle engine, and how near the engine comes to PEFT."""
     from distill.train.proof import read_proof
-    from serve import adapters
+    from serve import adapters, proving
 
     seconds: dict[str, list[float]] = {"load": [], "probe": [], "unload": []}
     errors, deltas = [], []
@@ -178,13 +178,13 @@ async def _alone(services: Services, made: Sequence[Generation]) -> dict[str, An
         proof, name = read_proof(path), generation.served_name
         for step, act in (
             ("load", lambda n=name, p=path: adapters.load(services.engine, n, p)),
-            ("probe", lambda n=name, p=proof: adapters.probe(services.engine, n, p, tolerance=100.0)),
+            ("probe", lambda n=name, p=proof: proving.probe(services.engine, n, p, tolerance=100.0)),
             ("unload", lambda n=name: adapters.unload(services.engine, n)),
         ):
             started = time.perf_counter()
             found = await act()
             seconds[step].append(time.perf_counter() - started)
-            if isinstance(found, adapters.Probe):
+            if isinstance(found, proving.Probe):
                 errors.append(found.error or 0.0)
                 deltas.append(found.mean_delta)
     figures: dict[str, Any] = {f"{name}_s": round(median(values), 3) for name, values in seconds.items()}
@@ -248,7 +248,7 @@ def _adapters(services: Services) -> list[Generation]:
         "    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)\n"
         "    for part, weight in model.named_parameters():\n"
         "        if 'lora_B' in part:\n"
-        "            torch.nn.init.normal_(weight, std=0.01)\n"
+        "            torch.nn.init.normal_(weight, std=0.02)\n"
         "    model.save_pretrained(folder)\n"
         "    write_proof(base, folder)\n"
     )

@@ -13,7 +13,8 @@ from distill.train.proof import PROOF, WEIGHTS, Proof, ProofRow, sha256_of
 from memory.errors import EngineError
 from memory.night_records import Generation, GenerationStatus
 from serve import adapters
-from serve.adapters import Residency, adapter_sha256, load, loaded, probe, unload, verify
+from serve.adapters import Residency, adapter_sha256, load, loaded, unload, verify
+from serve.proving import probe
 from tests.serve.fake_engine import FakeVLLM
 
 
@@ -148,10 +149,10 @@ def test_an_adapter_that_answers_as_it_was_trained_is_proved_by_the_trainers_fig
     engine: Endpoint, tmp_path: Path
 ) -> None:
     one = generation(tmp_path, 1)
-    prove(tmp_path / "adapter-1", adapted=0.26)
+    prove(tmp_path / "adapter-1", adapted=0.251)
     found = asyncio.run(Residency(engine, tmp_path).ensure(one))
     assert found is not None
-    assert found.error == pytest.approx(0.01)
+    assert (found.error, found.strength) == (pytest.approx(0.001), pytest.approx(0.25 / 0.251))
     assert (found.max_delta, found.tokens) == (pytest.approx(0.25), 4)
 
 
@@ -167,8 +168,8 @@ def test_an_adapter_without_the_trainers_figures_is_served_on_the_weaker_proof_w
 @pytest.mark.parametrize(
     ("folder", "proved", "why"),
     [
-        ("wrong", {}, "not served as it was trained.* 0.5 nats"),
-        ("adapter-1", {"base": 0.3, "adapted": 0.25}, "another base model"),
+        ("wrong", {}, "not served as it was trained.* 0.5 nats.* 3.00 times as strong"),
+        ("adapter-1", {"base": 0.3, "adapted": 0.55}, "another base model"),
         ("adapter-1", {"adapted": 0.19}, "not served as it was trained"),
         ("empty", {"adapted": 0.04}, "not served as it was trained"),
         # What two batches differ by in bfloat16 is no effect.
@@ -198,10 +199,12 @@ def test_a_weak_adapter_that_is_applied_serves(engine: Endpoint, tmp_path: Path)
     assert asyncio.run(Residency(engine, tmp_path).ensure(one)) is not None
 
 
-def test_the_tolerance_is_a_setting(engine: Endpoint, tmp_path: Path) -> None:
+def test_how_much_the_base_model_may_round_is_a_setting(engine: Endpoint, tmp_path: Path) -> None:
     one = generation(tmp_path, 1)
-    prove(tmp_path / "adapter-1", adapted=0.19)
-    assert asyncio.run(Residency(engine, tmp_path, tolerance=0.07).ensure(one)) is not None
+    prove(tmp_path / "adapter-1", base=0.05, adapted=0.3)
+    with pytest.raises(EngineError, match="another base model"):
+        asyncio.run(Residency(engine, tmp_path, tolerance=0.04).ensure(one))
+    assert asyncio.run(Residency(engine, tmp_path).ensure(one)) is not None
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"dtype": "float32"}'])

@@ -19,9 +19,10 @@ import pytest
 from distill.train.proof import read_proof, write_proof
 from memory.errors import EngineError
 from memory.night_records import Generation, GenerationStatus
-from serve.adapters import Residency, adapter_sha256, loaded, probe
+from serve.adapters import Residency, adapter_sha256, loaded
 from serve.engine import Engine, request
 from serve.engine_settings import EngineConfig
+from serve.proving import probe
 from tests.serve.conftest import PYTHON, needs_engine
 
 pytestmark = needs_engine
@@ -74,10 +75,10 @@ def gone(pids: list[int], timeout_s: float = 30.0) -> bool:
 def test_the_real_engine_answers_survives_and_serves_adapters(tmp_path: Path, model: Path) -> None:
     registry = tmp_path / "adapters"
     registry.mkdir()
-    generations = [adapter(model, registry, number, 0.02) for number in (1, 2)]
+    generations = [adapter(model, registry, number, 0.05) for number in (1, 2)]
     proofs = [read_proof(registry / str(generation.adapter_path)) for generation in generations]
     no_op = adapter(model, registry, 3, 0.0)
-    wrong = scaled(adapter(model, registry, 4, 0.02), registry)
+    wrong = scaled(adapter(model, registry, 4, 0.05), registry)
 
     async def ask(engine: Engine, **fields: Any) -> dict[str, Any]:
         payload = PROMPT | {"temperature": 0, "max_tokens": 12, "logprobs": True} | fields
@@ -93,6 +94,8 @@ def test_the_real_engine_answers_survives_and_serves_adapters(tmp_path: Path, mo
         await engine.start()
         try:
             await engine.wait_ready()
+            # What two batches may differ by.
+            rounding = 2e-2 if "float32" in engine.name else 0.25
             # It answers, constrained where asked, and tells its token ids.
             plain = await ask(engine)
             assert "Paris" in plain["message"]["content"]
@@ -111,8 +114,7 @@ def test_the_real_engine_answers_survives_and_serves_adapters(tmp_path: Path, mo
                 proved = await residency.ensure(generation)
                 assert proved is not None
                 assert proved.max_delta > 0.01
-                assert proved.error is not None
-                assert proved.error < 0.1 * proved.mean_delta
+                assert proved.strength == pytest.approx(1, abs=0.25)
                 assert logprobs(await ask(engine, model=generation.served_name)) != logprobs(plain)
             await residency.drop(generations[1])
             with pytest.raises(EngineError, match="changes nothing"):
@@ -123,13 +125,12 @@ def test_the_real_engine_answers_survives_and_serves_adapters(tmp_path: Path, mo
 
             # With every place taken, in one batch with adapters, the base model still answers as itself.
             mixed = await asyncio.gather(*(ask(engine, model=g.served_name) for g in generations), ask(engine))
-            assert logprobs(mixed[-1]) == pytest.approx(logprobs(plain), abs=2e-2)
+            assert logprobs(mixed[-1]) == pytest.approx(logprobs(plain), abs=rounding)
 
             # Proved in the middle of a load, many at once: the probes' own rows are mixed up with nobody's.
             crowd = [ask(engine, model=g.served_name) for g in generations for _ in range(12)]
             crowded: Any = (await asyncio.gather(*crowd, probe(engine, generations[0].served_name, proofs[0])))[-1]
-            assert crowded.error is not None
-            assert crowded.error < 0.1 * crowded.mean_delta
+            assert crowded.strength == pytest.approx(1, abs=0.25)
 
             # kill -9: it comes back with its adapters.
             assert engine.pid is not None
@@ -140,7 +141,7 @@ def test_the_real_engine_answers_survives_and_serves_adapters(tmp_path: Path, mo
             await engine.wait_ready()
             assert await loaded(engine) == {generation.served_name for generation in generations}
             again = await ask(engine, model=generations[0].served_name)
-            assert logprobs(again) == pytest.approx(logprobs(mixed[0]), abs=2e-2)
+            assert logprobs(again) == pytest.approx(logprobs(mixed[0]), abs=rounding)
             assert engine.pid is not None
             now = [process.pid for process in psutil.Process(engine.pid).children(recursive=True)]
             return [engine.pid, *old, *now]
