@@ -287,7 +287,7 @@ def bench(
     json_file: Annotated[Path | None, typer.Option("--json", help="write the figures there")] = None,
     data: Annotated[Path | None, typer.Option(help="a folder of real tasks, for the benches that read one")] = None,
     arm: Annotated[
-        list[str] | None, typer.Option(help="ablation: this arm beside the default night; repeatable")
+        list[str] | None, typer.Option(help="ablation, forgetting: this arm beside the default night; repeatable")
     ] = None,
 ) -> None:
     """Measure this machine: a table, with the aims beside the figures."""

@@ -10,12 +10,25 @@ from pathlib import Path
 
 from evals.bench import Bench, registry
 from evals.power import gate_bench
-from serve.benches import ablation, agent, curve, engine, escalation, front, recall, retrieval, swap, train, usefulness
+from serve.benches import (
+    ablation,
+    agent,
+    curve,
+    engine,
+    escalation,
+    front,
+    recall,
+    retrieval,
+    second_night,
+    swap,
+    train,
+    usefulness,
+)
 from serve.settings import Settings
 
 
 def benches(settings: Settings, data: Path | None = None, arms: Sequence[str] = ()) -> dict[str, Bench]:
-    """The benchmarks by name. `data`: a folder of real tasks, for those that read one. `arms`: the ablation's."""
+    """The benchmarks by name. `data`: a folder of real tasks, for those that read one. `arms`: for those with some."""
     return registry(
         Bench(
             "engine",
@@ -81,6 +94,11 @@ def benches(settings: Settings, data: Path | None = None, arms: Sequence[str] = 
             "ablation",
             "one night in many variants (--arm NAME) on the same day and exam, beside stock TRL (two hours)",
             lambda: lambda: ablation.ablation(settings, arms),
+        ),
+        Bench(
+            "forgetting",
+            "a second night on other workloads in variants (--arm NAME), and what it keeps of the first (an hour)",
+            lambda: lambda: second_night.forgetting(settings, arms),
         ),
         Bench(
             "samples",

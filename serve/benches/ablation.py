@@ -15,22 +15,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 
 from distill.recipes import installed, load
 from evals.bench import BenchResult, Figure, result
 from evals.plot import variants
-from evals.stats import wilson
 from evals.suites import TRAINED_FAMILIES, Suite, load_suite, reasoning_gym_suite, reasoning_gym_tasks, save_suite
 from memory.errors import ConfigError
 from memory.jsonl import lines_of
 from memory.records import Task
 from serve.benches.curve import HELD_OUT, HELD_OUT_SEED, controls
 from serve.benches.engine import live_engine
-from serve.benches.exams import examine, exams_of, rate
+from serve.benches.exams import Scores, examine, exams_of, rate, told
 from serve.benches.train import corrected, stock
 from serve.client import Client, connect
 from serve.days import Course, Timings, correct, correct_value, evaluations_in, live_day, live_night
@@ -83,18 +81,6 @@ ARMS = (
 them; the other ones need praise, preferences, a teacher or practice."""
 
 
-class Scores(BaseModel):
-    """What one arm came to: successes and tasks by exam (`held out`, `held out, no memory`, each control suite)."""
-
-    model_config = ConfigDict(frozen=True)
-
-    arm: str
-    verdict: str
-    corrections: int
-    rows: int
-    exams: dict[str, tuple[int, int]]
-
-
 def arms(settings: Settings, only: Sequence[str] = ()) -> list[Arm]:
     """The arms by name, those of installed recipes included: all, or the default night and those that `only` names.
 
@@ -129,7 +115,7 @@ def ablation(settings: Settings, only: Sequence[str] = ()) -> BenchResult:
     measured = [*memory_only, *found, *([stock] if stock else [])]
     figures: dict[str, Figure] = {}
     for scores in measured:
-        figures |= lines(scores)
+        figures |= told(scores)
     show({s.arm: s for s in measured}, folder / "ablation.png", "Held-out success after one night, by variant", console)
     if stock is None:
         return result("ablation", figures, {})
@@ -152,13 +138,13 @@ def samples(settings: Settings) -> BenchResult:
             taught = day_one(settings, folder / f"taught-{count}", count, variables, console)
             few = Arm(f"{count} a workload", {"NIGHT__MIN_EXAMPLES": "1"}, per_workload=count)
             scores = night_of(settings, folder, taught, few, variables, console)
-            figures |= lines(scores)
+            figures |= told(scores)
             measured[f"{scores.corrections} corrections"] = scores
             if enough is None and rate(scores.exams["held out"]) >= GOAL:
                 enough = scores.corrections
     show(measured, folder / "samples.png", "Held-out success after one night, by corrections", console)
-    told: Figure = "not reached" if enough is None else enough
-    return result("samples", {**figures, f"corrections_to_{GOAL:.0%}": told}, {})
+    reached: Figure = "not reached" if enough is None else enough
+    return result("samples", {**figures, f"corrections_to_{GOAL:.0%}": reached}, {})
 
 
 @contextmanager
@@ -224,11 +210,7 @@ def night_of(
     finished = home / "scores.json"
     if finished.exists():
         return Scores.model_validate_json(finished.read_text())
-    if not home.exists():
-        draft = home.with_name(f"{home.name}.draft")
-        shutil.rmtree(draft, ignore_errors=True)
-        shutil.copytree(taught, draft, ignore=shutil.ignore_patterns(LOCK_FILE, INFO_FILE, "*.log"))
-        draft.rename(home)
+    copied(taught, home)
     console.rule(f"[bold]{arm.name}")
     with service(settings, home, {**variables, **arm.settings}, console) as client:
         job = live_night(client, 1, console, Timings(home / "seconds.json"))
@@ -245,7 +227,7 @@ def night_of(
         arm=arm.name,
         verdict=job["nightschool"]["decision"]["verdict"],
         corrections=json.loads((home / "corrections.json").read_text()),
-        rows=_rows(home),
+        rows=rows_of(home, job["id"]),
         exams=exams,
     )
     finished.write_text(scores.model_dump_json())
@@ -257,9 +239,18 @@ def home_of(folder: Path, arm: str) -> Path:
     return folder / arm.replace(" ", "-").replace(":", "").replace(",", "")
 
 
-def _rows(home: Path) -> int:
-    """Rows of the night's SFT file."""
-    return sum(len(lines_of(path.read_text(encoding="utf-8"))) for path in home.glob("nights/*/dataset/sft.jsonl"))
+def copied(taught: Path, home: Path) -> None:
+    """Make a data folder that has lived what `taught` has; nothing happens where there is one."""
+    if not home.exists():
+        draft = home.with_name(f"{home.name}.draft")
+        shutil.rmtree(draft, ignore_errors=True)
+        shutil.copytree(taught, draft, ignore=shutil.ignore_patterns(LOCK_FILE, INFO_FILE, "*.log"))
+        draft.rename(home)
+
+
+def rows_of(home: Path, night: str) -> int:
+    """Rows of a night's SFT file."""
+    return len(lines_of((home / "nights" / night / "dataset" / "sft.jsonl").read_text(encoding="utf-8")))
 
 
 def memory_exams(home: Path) -> dict[str, tuple[int, int]]:
@@ -307,13 +298,3 @@ def show(measured: Mapping[str, Scores], path: Path, title: str, console: Consol
     """Draw the held-out exams under these names."""
     variants({name: scores.exams["held out"] for name, scores in measured.items()}, path, title)
     console.print(f"{path.name}: {path.parent}", highlight=False)
-
-
-def lines(scores: Scores) -> dict[str, Figure]:
-    """An arm's figures: one line for each exam."""
-    told: dict[str, Any] = {}
-    for exam, (hits, n) in scores.exams.items():
-        low, high = wilson(hits, n)
-        told[f"{scores.arm}: {exam}"] = f"{hits / max(n, 1):.0%} [{low:.0%}, {high:.0%}] ({hits}/{n})"
-    told[f"{scores.arm}: gate"] = f"{scores.verdict}; {scores.corrections} corrections, {scores.rows} rows"
-    return told

@@ -1,4 +1,4 @@
-"""Adapters that no night made, examined on one engine by the runner that serves nights."""
+"""What the learning benches examine and how it is told: an arm's scores, and adapters that no night made."""
 
 from __future__ import annotations
 
@@ -6,12 +6,28 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pydantic import BaseModel, ConfigDict
+
+from evals.bench import Figure
+from evals.stats import wilson
 from evals.suites import Suite
 from memory.night_records import Evaluation
 from serve.settings import Settings
 
 if TYPE_CHECKING:
     from serve.engine import Engine
+
+
+class Scores(BaseModel):
+    """What one arm came to: successes and tasks by exam (`held out`, `held out, no memory`, each control suite)."""
+
+    model_config = ConfigDict(frozen=True)
+
+    arm: str
+    verdict: str
+    corrections: int
+    rows: int
+    exams: dict[str, tuple[int, int]]
 
 
 async def examine(
@@ -58,3 +74,13 @@ def exams_of(evaluations: Sequence[Evaluation]) -> dict[str, tuple[int, int]]:
 def rate(count: tuple[int, int]) -> float:
     """Success in 0..1; 0 where nothing was asked."""
     return count[0] / count[1] if count[1] else 0.0
+
+
+def told(scores: Scores) -> dict[str, Figure]:
+    """An arm's figures: one line for each exam."""
+    found: dict[str, Figure] = {}
+    for exam, (hits, n) in scores.exams.items():
+        low, high = wilson(hits, n)
+        found[f"{scores.arm}: {exam}"] = f"{hits / max(n, 1):.0%} [{low:.0%}, {high:.0%}] ({hits}/{n})"
+    found[f"{scores.arm}: gate"] = f"{scores.verdict}; {scores.corrections} corrections, {scores.rows} rows"
+    return found
