@@ -20,7 +20,7 @@ from evals.live import LiveVerdict, WatchConfig, judge
 from memory import outcomes
 from memory.errors import ConflictError, NightschoolError
 from memory.ledger import Ledger
-from memory.night_records import Promotion
+from memory.night_records import GenerationStatus, Promotion
 from memory.outcomes import LiveRun, LiveScore
 from serve import promotion
 from serve.adapters import Residency
@@ -163,7 +163,9 @@ async def act(
     if pair.canary and verdict.compared >= config.canary_outcomes:
         why = f"stood its trial in canary: {verdict.told}"
         log.info("generation %d %s", pair.new, why)
-        return await promotion.promote(ledger, residency, pair.new, why=why, by=BY, expected_from=pair.old)
+        # Loading takes a while, in which the operator may end the trial: then it has not been stood.
+        as_judged = {"expected_from": pair.old, "expected_status": GenerationStatus.CANARY}
+        return await promotion.promote(ledger, residency, pair.new, why=why, by=BY, **as_judged)
     return None
 
 
