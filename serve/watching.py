@@ -192,7 +192,7 @@ async def act(
 def standing(ledger: Ledger, config: WatchConfig, tenant: str | None = None) -> list[dict[str, Any]]:
     """What the watch would say now, for people to read; empty when no generation is on probation.
 
-    `tenant`: only its workloads are named.
+    `tenant`: only its workloads are named; None: everybody's.
     """
     if not config.enabled or not ledger.generations():
         return []
@@ -202,9 +202,10 @@ def standing(ledger: Ledger, config: WatchConfig, tenant: str | None = None) -> 
             "against": pair.old,
             "canary": pair.canary,
             "since": pair.since.isoformat(),
-            "told": verdict.told,
+            "told": _told_to(tenant, verdict),
             "workloads": [
                 {
+                    "tenant": w.tenant,
                     "workload": w.name,
                     "old": w.old.model_dump(),
                     "new": w.new.model_dump(),
@@ -216,3 +217,9 @@ def standing(ledger: Ledger, config: WatchConfig, tenant: str | None = None) -> 
         }
         for pair, verdict in LiveOutcomes(ledger, config).look()
     ]
+
+
+def _told_to(tenant: str | None, verdict: LiveVerdict) -> str:
+    if not verdict.worse or tenant in (None, verdict.evidence["tenant"]):
+        return verdict.told
+    return "proven worse in what another tenant asks; the operator sees in what"

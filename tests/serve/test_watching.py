@@ -35,7 +35,7 @@ from serve.reports import night_report
 from serve.stages.material import snapshot
 from serve.stages.night_run import NightRun
 from serve.stages.publication import publish
-from serve.watching import LiveOutcomes
+from serve.watching import LiveOutcomes, standing
 from serve.wiring import Services
 from tests.serve.fakes import running, settings_in
 
@@ -261,6 +261,20 @@ def test_praise_that_was_rejected_hides_a_fall_no_longer(alone: Ledger, monkeypa
     assert worse(live) == [False]
     reject(alone, campaign)
     assert worse(live) == [True]
+
+
+def test_only_its_tenant_and_the_operator_are_told_which_work_got_worse(alone: Ledger) -> None:
+    served(alone, 0, 30, success=True)
+    newcomer(alone, serves=True)
+    served(alone, 1, 30, success=False)
+    for tenant in (None, "default"):
+        [shown] = standing(alone, WatchConfig(), tenant)
+        assert "workload 'sums': live success 30/30" in shown["told"]
+        assert [(w["tenant"], w["workload"]) for w in shown["workloads"]] == [("default", "sums")]
+    [hidden] = standing(alone, WatchConfig(), "rival")
+    assert "proven worse in what another tenant asks" in hidden["told"]
+    assert "sums" not in str(hidden)
+    assert hidden["workloads"] == []
 
 
 def test_a_canary_is_the_same_to_a_user_every_time_and_says_who_answered(
