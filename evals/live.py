@@ -8,7 +8,7 @@ Owns the rules of what may roll a generation back. Owns no reading of outcomes a
 - The same question asked again is one outcome of a generation: repeats are not independent.
 - A verifier's word holds before a user's. A user's scores count up to a cap, which is lower than the number that a
   verdict needs: nobody rolls back alone. The operator's are not capped.
-- A tenant supplies its own tasks and references: where others are served too, they must point the same way.
+- A tenant supplies its own tasks and references: where others have outcomes to compare, they must point the same way.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def judge(
     compared = sum(w.new.n for w in ready)
     rest = [w for w in workloads if w not in ready]
     proven = [w for w in judged if w.verdict is not None and w.verdict.worse]
-    against = next((w for w in proven if _others_agree(w, workloads)), None)
+    against = next((w for w in proven if _others_agree(w, judged)), None)
     if against is None:
         told = f"not proven worse: {len(judged)} workloads compared, {compared} judged runs of generation {new}"
         if proven:
@@ -166,11 +166,11 @@ def _tally(outcomes: list[bool]) -> Tally:
     return Tally(n=len(outcomes), successes=sum(outcomes))
 
 
-def _others_agree(proven: Workload, workloads: Sequence[Workload]) -> bool:
-    """Whether the other tenants' outcomes, taken together, point the same way; nobody else's are no objection."""
-    others = [w for w in workloads if w.tenant != proven.tenant and w.old.n and w.new.n]
-    if not others:
-        return True
-    old = Tally(n=sum(w.old.n for w in others), successes=sum(w.old.successes for w in others))
-    new = Tally(n=sum(w.new.n for w in others), successes=sum(w.new.successes for w in others))
-    return watch(old, new).evidence > 1
+def _others_agree(proven: Workload, judged: Sequence[Workload]) -> bool:
+    """Whether the other tenants' outcomes point the same way; those who have too few to compare are no objection.
+
+    On average over their workloads: the mean of e-values is one itself (Vovk & Wang, arXiv 1912.06116), so the more
+    there are, the more one that looks worse by chance must show before it vouches for the whole.
+    """
+    others = [w.verdict.evidence for w in judged if w.tenant != proven.tenant and w.verdict is not None]
+    return not others or sum(others) / len(others) > 1

@@ -317,14 +317,15 @@ class Ledger:
         by: str,
         expected_from: int | None = None,
         evidence: dict[str, Any] | None = None,
+        expected_status: GenerationStatus | None = None,
     ) -> Promotion:
         """Put a generation in the champion's place: log row and both statuses at once, or nothing.
 
-        `expected_from`: the champion that the decision was made against; `ConflictError` if it is
-        another by now. Repeating the last promotion returns it.
+        `expected_from`, `expected_status`: the champion that the decision was made against, and how the generation
+        stood then; `ConflictError` if either is another by now. Repeating the last promotion returns it.
         """
         with self._database.writing() as connection:
-            promotion = nights.promote(connection, to_generation, why, by, expected_from, evidence)
+            promotion = nights.promote(connection, to_generation, why, by, expected_from, evidence, expected_status)
         self._switched()
         return promotion
 

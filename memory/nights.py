@@ -79,11 +79,13 @@ def promote(
     by: str,
     expected_from: int | None,
     evidence: dict[str, Any] | None = None,
+    expected_status: GenerationStatus | None = None,
 ) -> Promotion:
     """Make a generation the champion in place of the present one.
 
     A repeated call, when the last promotion did just this, returns that promotion.
-    Raises `ConflictError` if the champion is not `expected_from`, or the move is illegal.
+    Raises `ConflictError` if the champion is not `expected_from`, the generation is not `expected_status`, or the move
+    is illegal.
     """
     old = champion(connection)
     if old.number == to:
@@ -93,6 +95,8 @@ def promote(
         raise ConflictError(f"generation {to} is the champion already")
     _check_champion(old, expected_from)
     new = generation(connection, to)
+    if expected_status not in (None, new.status):
+        raise ConflictError(f"generation {to} is {new.status}, not {expected_status}: it changed meanwhile")
     _may_become(new, GenerationStatus.CHAMPION)
     for moved, status in ((old, GenerationStatus.RETIRED), (new, GenerationStatus.CHAMPION)):
         after = moved.model_copy(update={"status": status})

@@ -284,12 +284,21 @@ class Residency:
 
     async def _admit(self, generation: Generation) -> _Slot:
         name = generation.served_name
-        async with self._changing:
-            if name not in self._slots:
-                while len(self._slots) >= self._max:
-                    await self._evict_one()
-                self._slots[name] = _Slot(generation, probe=await self._bring_in(generation, self._each))
-            return self._slots[name]
+        while True:
+            # Waited for without the lock: an engine that starts again needs it for `restore`, and until it has, those
+            # who hold the places do not end.
+            await self._released_when(lambda: name in self._slots or self._may_place(), "all adapters are in use")
+            async with self._changing:
+                if name not in self._slots and self._may_place():
+                    if len(self._slots) >= self._max:
+                        await self._evict_one()
+                    self._slots[name] = _Slot(generation, probe=await self._bring_in(generation, self._each))
+                if name in self._slots:
+                    return self._slots[name]
+
+    def _may_place(self) -> bool:
+        """Whether there is a place for a further adapter, or one whose adapter nobody uses."""
+        return len(self._slots) < self._max or any(not slot.users for slot in self._slots.values())
 
     async def _bring_in(self, generation: Generation, each: Each) -> Probe:
         folder = await asyncio.to_thread(verify, generation, self._root)
@@ -309,9 +318,6 @@ class Residency:
             raise
 
     async def _evict_one(self) -> None:
-        await self._released_when(
-            lambda: any(not slot.users for slot in self._slots.values()), "all adapters are in use"
-        )
         idle = [name for name, slot in self._slots.items() if not slot.users]
         # What is kept goes last, but it goes: a request never waits for ever.
         last = [*reversed(self._kept)]
@@ -321,8 +327,8 @@ class Residency:
 
     async def _released_when(self, condition: Callable[[], bool], what: str) -> None:
         try:
-            async with self._released:
-                await asyncio.wait_for(self._released.wait_for(condition), DRAIN_TIMEOUT_S)
+            async with asyncio.timeout(DRAIN_TIMEOUT_S), self._released:
+                await self._released.wait_for(condition)
         except TimeoutError as exc:
             raise EngineError(f"{what} after {DRAIN_TIMEOUT_S:.0f} s: try again, or raise engine.max_loras") from exc
 

@@ -53,20 +53,23 @@ def diff(
     after: Annotated[int, typer.Argument(min=0)],
     suite: Annotated[str | None, typer.Option(help="only this one; default: all that both were evaluated on")] = None,
     tenant: Annotated[str, typer.Option(help="whose questions and answers are shown")] = "default",
+    everything: Annotated[bool, typer.Option("--all", help="also the tasks that both did equally well")] = False,
+    full: Annotated[bool, typer.Option("--full", help="questions and answers in full, not their ends")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="the same as the API's reply")] = False,
 ) -> None:
     """Two generations on the same tasks: how many went better or worse, and which, answers side by side.
 
-    What the newest one changed on one suite: `nightschool diff 3 4 --suite chat`
+    What the newest one changed on one suite: `nightschool diff 3 4 --suite chat`; every answer of both on it, in full:
+    `nightschool diff 3 4 --suite chat --all --full`
     """
     from serve.diff import compare, print_diff
 
     with _ledger(context) as ledger:
-        found = compare(ledger, before, after, tenant=tenant, suite=suite)
+        found = compare(ledger, before, after, tenant=tenant, suite=suite, unchanged=everything)
     if as_json:
         out.print_json(found.model_dump_json())
     else:
-        print_diff(found, out)
+        print_diff(found, out, full=full)
 
 
 @app.command()

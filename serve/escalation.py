@@ -149,12 +149,12 @@ class Foresight:
     def __call__(self, task: Task, generation: int) -> float | None:
         """The chance that this generation solves the task; None while the tenant has too short a history."""
         with self._guard:
-            known = self._fitted.get((task.tenant, generation))
-            if known is None or time.monotonic() - known[0] > REFIT_S:
-                known = (time.monotonic(), fit(self._history(task.tenant), generation))
-                # Of the generations that served before, nothing is asked any more.
-                self._fitted = {key: fitted for key, fitted in self._fitted.items() if key[1] == generation}
-                self._fitted[task.tenant, generation] = known
+            asked, now = (task.tenant, generation), time.monotonic()
+            # By age: beside a canary more than one generation answers, and those before it are asked no more.
+            self._fitted = {key: fitted for key, fitted in self._fitted.items() if now - fitted[0] <= REFIT_S}
+            if asked not in self._fitted:
+                self._fitted[asked] = now, fit(self._history(task.tenant), generation)
+            known = self._fitted[asked]
         return None if known[1] is None else known[1](self._embedder.embed([task.question])[0])
 
     def _history(self, tenant: str) -> list[PastOutcome]:

@@ -80,13 +80,14 @@ async def promote(
     why: str,
     by: str,
     expected_from: int | None = None,
+    expected_status: GenerationStatus | None = None,
     evidence: dict[str, Any] | None = None,
 ) -> Promotion:
     """Make generation `number` the champion: load and prove it first, then one ledger transaction.
 
     The champion before stays loaded for a rollback; what served before it goes once its last request has ended.
     EngineError when the engine cannot serve it; ConflictError when it was rejected or already serves,
-    or when another switch came first (since `expected_from` was champion).
+    or when another switch came first (since `expected_from` was champion and the generation `expected_status`).
     """
     generation = ledger.generation(number)
     champion = ledger.champion()
@@ -96,7 +97,14 @@ async def promote(
     if generation.status is GenerationStatus.REJECTED:
         raise ConflictError(f"generation {number} was rejected by the gate and cannot be promoted")
     await residency.ensure(generation)
-    promotion = ledger.promote(number, why=why, by=by, expected_from=champion.number, evidence=evidence)
+    promotion = ledger.promote(
+        number,
+        why=why,
+        by=by,
+        expected_from=champion.number,
+        expected_status=expected_status,
+        evidence=evidence,
+    )
     _remind(ledger, number)
     residency.settle(generation, *_canary(ledger), champion)
     return promotion

@@ -1,15 +1,16 @@
 """The watch at work: live outcomes are looked at as they are committed, and a generation that proves worse goes back.
 
 It reads the ledger behind the last number it has seen, a few times a second and beside all requests, so it meets every
-outcome, by whatever way or process it came. A rollback is one row of the promotion log with its evidence, and starts
-no watch of its own: what was rolled back comes again only when somebody promotes it. Owns no rule of what counts
-(`evals.live`).
+outcome, by whatever way or process it came; before it does something, it reads all of them anew. A rollback is one row
+of the promotion log with its evidence, and starts no watch of its own: what was rolled back comes again only when
+somebody promotes it. Owns no rule of what counts (`evals.live`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from evals.live import LiveVerdict, WatchConfig, judge
 from memory import outcomes
 from memory.errors import ConflictError, NightschoolError
 from memory.ledger import Ledger
-from memory.night_records import Promotion
+from memory.night_records import GenerationStatus, Promotion
 from memory.outcomes import LiveRun, LiveScore
 from serve import promotion
 from serve.adapters import Residency
@@ -31,6 +32,8 @@ log = logging.getLogger(__name__)
 BY = "watch"
 AGAIN_S = 10.0
 """After a rollback that could not be done, or a ledger that did not answer."""
+HEARD_S = 60.0
+"""How long a score is taken for what it was when it was read: it may be rejected since."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +75,9 @@ class LiveOutcomes:
     def __init__(self, ledger: Ledger, config: WatchConfig) -> None:
         self._ledger = ledger
         self._config = config
-        self._seen: dict[str, int] | None = None
+        self._seen: dict[str, int] = {}
         self._first = 0
+        self._heard = 0.0
         self._judged: tuple[Any, ...] = ()
         self._runs: list[LiveRun] = []
         self._scores: list[LiveScore] = []
@@ -85,27 +89,43 @@ class LiveOutcomes:
         state = (now, self._ledger.serving().number, canary.number if canary else None)
         if state == self._judged:
             return []
-        self._read(now)
+        known = bool(self._seen)
+        self._read(now, anew=not known)
+        found = self._verdicts()
+        if known and any(self._tips(*each) for each in found):
+            # What is remembered may have been rejected or forgotten since: nothing is done on its word.
+            self._read(now, anew=True)
+            found = self._verdicts()
         self._judged = state
-        return [(pair, self._verdict(pair)) for pair in watched(self._ledger)]
+        return found
 
     def forget_verdicts(self) -> None:
         """Judge again at the next look, also when nothing new has come."""
         self._judged = ()
 
-    def _read(self, now: dict[str, int]) -> None:
+    def _tips(self, pair: Watched, verdict: LiveVerdict) -> bool:
+        return verdict.worse or (pair.canary and verdict.compared >= self._config.canary_outcomes)
+
+    def _read(self, now: dict[str, int], *, anew: bool) -> None:
         database = self._ledger.database
-        if self._seen is None:
+        if not self._seen:
             self._first = outcomes.start_of(database, self._config.history)
-            self._seen = {"trajectory": self._first, "feedback": 0}
+        if anew:
+            self._seen["trajectory"], self._runs = self._first, []
+        if anew or time.monotonic() - self._heard > HEARD_S:
+            self._seen["feedback"], self._scores = 0, []
+            self._heard = time.monotonic()
         self._runs += outcomes.verified_runs(database, self._seen["trajectory"], now["trajectory"])
         self._scores += outcomes.scores(database, self._seen["feedback"], now["feedback"], self._first)
         self._runs = self._runs[-self._config.history :]
         self._scores = self._scores[-self._config.history :]
-        self._seen = now
+        self._seen = dict(now)
 
-    def _verdict(self, pair: Watched) -> LiveVerdict:
-        return judge(self._runs, self._scores, old=pair.old, new=pair.new, since=pair.since, config=self._config)
+    def _verdicts(self) -> list[tuple[Watched, LiveVerdict]]:
+        return [
+            (pair, judge(self._runs, self._scores, old=pair.old, new=pair.new, since=pair.since, config=self._config))
+            for pair in watched(self._ledger)
+        ]
 
 
 @asynccontextmanager
@@ -163,14 +183,16 @@ async def act(
     if pair.canary and verdict.compared >= config.canary_outcomes:
         why = f"stood its trial in canary: {verdict.told}"
         log.info("generation %d %s", pair.new, why)
-        return await promotion.promote(ledger, residency, pair.new, why=why, by=BY, expected_from=pair.old)
+        # Loading takes a while, in which the operator may end the trial: then it has not been stood.
+        as_judged = {"expected_from": pair.old, "expected_status": GenerationStatus.CANARY}
+        return await promotion.promote(ledger, residency, pair.new, why=why, by=BY, **as_judged)
     return None
 
 
 def standing(ledger: Ledger, config: WatchConfig, tenant: str | None = None) -> list[dict[str, Any]]:
     """What the watch would say now, for people to read; empty when no generation is on probation.
 
-    `tenant`: only its workloads are named.
+    `tenant`: only its workloads are named; None: everybody's.
     """
     if not config.enabled or not ledger.generations():
         return []
@@ -180,9 +202,10 @@ def standing(ledger: Ledger, config: WatchConfig, tenant: str | None = None) -> 
             "against": pair.old,
             "canary": pair.canary,
             "since": pair.since.isoformat(),
-            "told": verdict.told,
+            "told": _told_to(tenant, verdict),
             "workloads": [
                 {
+                    "tenant": w.tenant,
                     "workload": w.name,
                     "old": w.old.model_dump(),
                     "new": w.new.model_dump(),
@@ -194,3 +217,9 @@ def standing(ledger: Ledger, config: WatchConfig, tenant: str | None = None) -> 
         }
         for pair, verdict in LiveOutcomes(ledger, config).look()
     ]
+
+
+def _told_to(tenant: str | None, verdict: LiveVerdict) -> str:
+    if not verdict.worse or tenant in (None, verdict.evidence["tenant"]):
+        return verdict.told
+    return "proven worse in what another tenant asks; the operator sees in what"

@@ -16,6 +16,7 @@ from memory.lineage import runs_of_tenant
 from memory.night_records import Evaluation, Generation
 from serve import diff, lineage, promotion, watching
 from serve.api.auth import Caller, Scope, caller_of, requires
+from serve.api.night_views import sees_all
 from serve.stages.evaluation import store_evaluation
 from serve.suites import configured_suites
 from serve.wiring import Services
@@ -102,7 +103,8 @@ async def promote(number: int, body: SwitchRequest, request: Request) -> dict[st
 @router.get("/v1/watch")
 def watch(request: Request) -> dict[str, Any]:
     """The generations on probation, and what live outcomes say of them so far."""
-    services, tenant = _services(request), caller_of(request).tenant
+    services, caller = _services(request), caller_of(request)
+    tenant = None if sees_all(caller) else caller.tenant
     return {"object": "list", "data": watching.standing(services.ledger, services.settings.watch, tenant)}
 
 
@@ -114,11 +116,17 @@ async def rollback(body: PromotionRequest, request: Request) -> dict[str, Any]:
 
 
 @router.get("/v1/generations/{number}/diff/{other}")
-def compare(number: Number, other: Number, request: Request, suite: str | None = None) -> dict[str, Any]:
-    """Both generations on the same tasks, from stored evaluations; texts of the caller's tenant only."""
-    tenant = caller_of(request).tenant
-    found = diff.compare(_services(request).ledger, number, other, tenant=tenant, suite=suite)
-    return found.model_dump(mode="json")
+def compare(
+    number: Number, other: Number, request: Request, suite: str | None = None, unchanged: bool = False
+) -> dict[str, Any]:
+    """Both generations on the same tasks, from stored evaluations: the caller's own ones, and counts of all.
+
+    `unchanged`: list also the tasks that both did equally well.
+    """
+    caller = caller_of(request)
+    asked = {"tenant": caller.tenant, "suite": suite, "unchanged": unchanged}
+    found = diff.compare(_services(request).ledger, number, other, **asked)
+    return (found if sees_all(caller) else diff.of_tenant(found)).model_dump(mode="json")
 
 
 @router.get("/v1/lineage/{record_id}")

@@ -77,7 +77,7 @@ def benches(settings: Settings, data: Path | None = None, arms: Sequence[str] = 
         ),
         Bench(
             "swap",
-            "seconds to load, prove and unload an adapter; 20 switches under 16 clients, each reply checked",
+            "seconds to load, prove and unload an adapter; 20 switches and a rollback by the watch under 16 clients",
             lambda: lambda: swap.swap(settings),
         ),
         Bench(

@@ -1,4 +1,5 @@
-"""`nightschool bench swap`: what a hot-load costs, whether switches under load are noticed, how soon a rollback serves.
+"""`nightschool bench swap`: what a hot-load costs, whether switches under load are noticed, how soon a rollback serves,
+and how soon the watch does one.
 
 Clients ask without a pause while the champion changes; three adapters take turns, so every switch loads, proves and
 unloads one. Who really answered is read off the log-probs that came with the reply's tokens: they are computed again
@@ -11,7 +12,8 @@ import asyncio
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import cycle, islice
 from pathlib import Path
@@ -19,9 +21,12 @@ from statistics import median, quantiles
 from typing import TYPE_CHECKING, Any
 
 from evals.bench import BenchResult, result
+from evals.live import WatchConfig
 from memory.errors import EngineError
+from memory.ledger import Ledger
 from memory.night_records import Generation, GenerationStatus
-from memory.records import Step
+from memory.records import Outcome, OutcomeSource, Step, StopReason, Task, Trajectory, new_id
+from serve import watching
 from serve.engine import ROOT, request
 from serve.settings import Settings
 
@@ -43,6 +48,7 @@ class Answered:
     run_id: str
     generation: int
     text: str
+    started: float
     seconds: float
 
 
@@ -55,13 +61,9 @@ class Load:
     swap_s: list[float] = field(default_factory=list)
 
 
-async def under_load(
-    http: httpx.AsyncClient, order: Sequence[int], body: Callable[[int], dict[str, Any]], between: int = CLIENTS
-) -> Load:
-    """Promote the generations in `order`, `between` replies apart, while 16 clients ask without a pause.
-
-    `body` is the request of the n-th reply. EngineError when a switch fails or nothing is answered any more.
-    """
+@asynccontextmanager
+async def clients(http: httpx.AsyncClient, body: Callable[[int], dict[str, Any]]) -> AsyncIterator[Load]:
+    """16 clients who ask without a pause for as long as the block lasts. `body` is the request of the n-th reply."""
     load, over = Load(), asyncio.Event()
 
     async def client(first: int) -> None:
@@ -76,29 +78,51 @@ async def under_load(
             said = reply.json()
             told, text = said["nightschool"], said["choices"][0]["message"]["content"]
             run = said["id"].removeprefix("chatcmpl-")
-            load.answered.append(Answered(run, told["generation"], text, time.perf_counter() - started))
-
-    async def replies(wanted: int) -> None:
-        deadline = time.monotonic() + STALLED_S
-        while len(load.answered) + len(load.failed) < wanted:
-            if time.monotonic() > deadline:
-                raise EngineError(f"no reply within {STALLED_S:.0f} s")
-            await asyncio.sleep(0.01)
+            load.answered.append(Answered(run, told["generation"], text, started, time.perf_counter() - started))
 
     asking = [asyncio.create_task(client(n)) for n in range(CLIENTS)]
     try:
-        for number in order:
-            await replies(len(load.answered) + len(load.failed) + between)
-            started = time.perf_counter()
-            done = await http.post(f"/v1/generations/{number}/promote", json={"why": "bench"})
-            if done.status_code != 200:
-                raise EngineError(f"generation {number} could not be promoted: {done.text[:300]}")
-            load.swap_s.append(time.perf_counter() - started)
-        await replies(len(load.answered) + len(load.failed) + between)
+        yield load
     finally:
         over.set()
         await asyncio.gather(*asking)
+
+
+async def under_load(
+    http: httpx.AsyncClient, order: Sequence[int], body: Callable[[int], dict[str, Any]], between: int = CLIENTS
+) -> Load:
+    """Promote the generations in `order`, `between` replies apart, while the clients ask.
+
+    EngineError when a switch fails or nothing is answered any more.
+    """
+    async with clients(http, body) as load:
+        for number in order:
+            await _replies(load, between)
+            load.swap_s.append(await _promoted(http, number))
+        await _replies(load, between)
     return load
+
+
+async def _replies(load: Load, more: int) -> None:
+    wanted = len(load.answered) + len(load.failed) + more
+    await _until(lambda: len(load.answered) + len(load.failed) >= wanted, "no reply")
+
+
+async def _until(condition: Callable[[], bool], otherwise: str) -> None:
+    deadline = time.monotonic() + STALLED_S
+    while not condition():
+        if time.monotonic() > deadline:
+            raise EngineError(f"{otherwise} within {STALLED_S:.0f} s")
+        await asyncio.sleep(0.01)
+
+
+async def _promoted(http: httpx.AsyncClient, number: int) -> float:
+    """Seconds that it took to make the generation champion."""
+    started = time.perf_counter()
+    done = await http.post(f"/v1/generations/{number}/promote", json={"why": "bench"})
+    if done.status_code != 200:
+        raise EngineError(f"generation {number} could not be promoted: {done.text[:300]}")
+    return time.perf_counter() - started
 
 
 async def rolled_back(http: httpx.AsyncClient, body: dict[str, Any]) -> float:
@@ -114,9 +138,55 @@ async def rolled_back(http: httpx.AsyncClient, body: dict[str, Any]) -> float:
     return seconds
 
 
+async def rolled_back_by_the_watch(
+    http: httpx.AsyncClient, ledger: Ledger, number: int, body: Callable[[int], dict[str, Any]], config: WatchConfig
+) -> tuple[float, float, Load]:
+    """Seconds from when the outcome is committed that proves generation `number` worse than the champion until the log
+    has its rollback, and until a request made since is answered by the champion before; with what the clients met. The
+    watch must be running.
+
+    EngineError when nothing comes of it.
+    """
+    old = ledger.champion().number
+    await asyncio.to_thread(_live, ledger, old, 2 * config.min_outcomes, True)
+    async with clients(http, body) as load:
+        await _promoted(http, number)
+        await asyncio.to_thread(_live, ledger, number, config.min_outcomes - 1, False)
+        await _replies(load, CLIENTS)
+        started = time.perf_counter()
+        await asyncio.to_thread(_live, ledger, number, 1, False)
+        await _until(lambda: ledger.promotions()[-1].by == watching.BY, f"generation {number} was not rolled back")
+        switched = time.perf_counter() - started
+
+        def back() -> list[float]:
+            since = [r for r in load.answered if r.started >= started and r.generation == old]
+            return [r.started + r.seconds - started for r in since]
+
+        await _until(lambda: bool(back()), f"no reply of generation {old}")
+        first = min(back())
+    return switched, first, load
+
+
+def _live(ledger: Ledger, number: int, n: int, success: bool) -> None:
+    """So many runs of the generation, as if they had been served and judged by a verifier."""
+    name = ledger.generation(number).served_name
+    for _ in range(n):
+        task = Task(workload="bench", messages=[{"role": "user", "content": f"What is {new_id('n')}?"}])
+        run = Trajectory(
+            task_id=task.id,
+            workload=task.workload,
+            generation=number,
+            model=name,
+            messages=task.messages,
+            stop_reason=StopReason.ANSWER,
+            outcome=Outcome(score=float(success), by=OutcomeSource.VERIFIER),
+        )
+        ledger.add_run(task, run)
+
+
 def swap(settings: Settings) -> BenchResult:
     """Seconds of each step of a hot-load alone; then switches under load, replies that failed or came from another
-    generation than the one they name; then a rollback without load."""
+    generation than the one they name; then a rollback without load, and one by the watch under load."""
     with tempfile.TemporaryDirectory() as folder:
         return asyncio.run(_measure(settings, Path(folder)))
 
@@ -130,7 +200,8 @@ async def _measure(settings: Settings, folder: Path) -> BenchResult:
     from serve.wiring import build
 
     server = ServerConfig(keys=False, max_concurrent=CLIENTS)
-    settings = settings.model_copy(update={"data_dir": folder / "data", "server": server})
+    watch = WatchConfig()
+    settings = settings.model_copy(update={"data_dir": folder / "data", "server": server, "watch": watch})
     async with build(settings, print) as services:
         made = await asyncio.to_thread(_adapters, services)
         await services.engine.wait_ready(900)
@@ -142,13 +213,16 @@ async def _measure(settings: Settings, folder: Path) -> BenchResult:
                 http, list(islice(cycle(range(1, ADAPTERS + 1)), SWAPS)), _asked, between=CLIENTS // 2
             )
             back = await rolled_back(http, _asked(0) | {"max_tokens": 1})
+            left = services.ledger.promotions()[-1].from_generation
+            async with watching.kept(services):
+                by_watch, answered, met = await rolled_back_by_the_watch(http, services.ledger, left, _asked, watch)
         foreign, margin = await _foreign(services, load.answered, made)
     seconds = [reply.seconds for reply in load.answered]
     figures |= {
         "swaps": len(load.swap_s),
         "clients": CLIENTS,
         "replies": len(load.answered),
-        "failed": len(load.failed),
+        "failed": len(load.failed) + len(met.failed),
         "from_another_generation": foreign,
         "told_apart_by_nats": round(margin, 2),
         "switch_p50_s": round(median(load.swap_s), 2),
@@ -156,8 +230,16 @@ async def _measure(settings: Settings, folder: Path) -> BenchResult:
         "reply_p50_s": round(median(seconds), 2),
         "reply_p95_s": round(quantiles(seconds, n=20)[-1], 2),
         "rollback_s": round(back, 2),
+        "watch_rollback_s": round(by_watch, 2),
+        "watch_reply_s": round(answered, 2),
     }
-    aims = {"swaps": f">= {SWAPS}", "failed": "== 0", "from_another_generation": "== 0", "rollback_s": "<= 1"}
+    aims = {
+        "swaps": f">= {SWAPS}",
+        "failed": "== 0",
+        "from_another_generation": "== 0",
+        "rollback_s": "<= 1",
+        "watch_rollback_s": "<= 1",
+    }
     return result("swap", figures, aims)
 
 

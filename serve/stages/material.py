@@ -81,6 +81,21 @@ def _same_exam(run: NightRun, night: Night) -> bool:
     return all(asked.get(suite.name) == suite.hash for suite in suites_of(run))
 
 
+def on_trial(run: NightRun) -> str | None:
+    """Why tonight trains nothing: a canary is on trial, whose place the new generation would take before it ends. None
+    while there is no canary, for a night that was told what to learn, and where the canary knows what was forgotten."""
+    canary, ledger = run.services.ledger.canary(), run.services.ledger
+    told = any(run.night.options.get(name) for name in PARTIAL)
+    if canary is None or told or must_start_from_base(ledger.database, canary):
+        return None
+    number = canary.number
+    return (
+        f"generation {number} is on trial as a canary, and what is trained now would take its place: the next night "
+        f"learns from these days (`nightschool promote {number}` or `nightschool rollback` ends the trial; --since or "
+        "--recipes trains all the same)"
+    )
+
+
 def load_snapshot(run: NightRun) -> Snapshot:
     """The records behind the watermark, always the same for the same night."""
     drawn, ledger = run.done("snapshot"), run.services.ledger

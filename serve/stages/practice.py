@@ -20,11 +20,11 @@ from distill.partings import Question
 from distill.practice import ArmFigures, Choice, Plan, Try, plan
 from distill.recipes.dissatisfaction import unanswered
 from distill.snapshot import Snapshot, judged_blindly
-from memory.errors import NotFoundError
+from memory.errors import NotEnoughExperienceError, NotFoundError
 from memory.night_records import Generation
 from memory.records import Feedback, Purpose, StopReason, Task, Trajectory
 from serve import counters, promotion
-from serve.stages.material import DAYS, load_snapshot
+from serve.stages.material import DAYS, load_snapshot, on_trial
 from serve.stages.night_run import NightRun, Output
 from serve.stages.training import train_config
 from serve.wiring import Services
@@ -51,8 +51,13 @@ class Chosen:
 
 
 def practise(run: NightRun) -> Output:
-    """Choose by the bandit, try each task several times at a temperature, and say why these."""
+    """Choose by the bandit, try each task several times at a temperature, and say why these.
+
+    NotEnoughExperienceError while a canary is on trial: nothing would be trained on the tries.
+    """
     services, ledger = run.services, run.services.ledger
+    if reason := on_trial(run):
+        raise NotEnoughExperienceError(reason)
     chosen = chosen_for(run, load_snapshot(run), run.night.options[PRACTICE])
     told = ", ".join(f"{arm.chosen} of {arm.workload}" for arm in chosen.arms if arm.chosen)
     arms = [arm.model_dump() for arm in chosen.arms]

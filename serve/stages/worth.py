@@ -5,7 +5,7 @@ from __future__ import annotations
 from distill.snapshot import Snapshot
 from memory.forget import must_start_from_base
 from memory.records import FeedbackKind, Purpose, Trajectory
-from serve.stages.material import DAYS, learned_upto, tried_upto
+from serve.stages.material import DAYS, learned_upto, on_trial, tried_upto
 from serve.stages.night_run import NightRun
 from serve.stages.practice import PRACTICE
 
@@ -14,12 +14,14 @@ TELLING = (FeedbackKind.CORRECTION, FeedbackKind.HINT, FeedbackKind.PREFERENCE)
 
 
 def nothing_new(run: NightRun, material: Snapshot) -> str | None:
-    """Why training on `material` would teach nothing new; None when it may.
+    """Why training on `material` would teach nothing new, or has to wait for a canary; None when it may.
 
     New is what came after the line up to which training from the champion has been tried, however far back tonight's
     examples go. Never said of a night that was told what to learn (recipes, an uploaded file), that practises, or that
     has to train because something was forgotten.
     """
+    if reason := on_trial(run):
+        return reason
     ledger, config, options = run.services.ledger, run.services.settings.night, run.night.options
     told = any(options.get(name) for name in ("training_file", "recipes", PRACTICE)) or config.practice
     drawn = run.done("snapshot")

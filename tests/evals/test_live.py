@@ -144,3 +144,29 @@ def test_one_tenant_alone_does_not_roll_back_what_serves_others_well() -> None:
     assert "only in what one tenant asks" in alone.told
     suffering = runs(1, 60, 55, tenant="other") + runs(2, 30, 12, tenant="other")
     assert verdict(hostile + suffering).worse
+
+
+def test_a_tenant_with_too_little_to_compare_neither_vouches_nor_objects() -> None:
+    fallen = runs(1, 500, 450, tenant="a") + runs(2, 200, 20, tenant="a")
+    once = runs(1, 1, 1, tenant="b") + runs(2, 1, 1, tenant="b")
+    assert verdict(fallen + once).worse
+
+
+def test_each_workload_of_the_others_is_judged_by_itself() -> None:
+    suspect = runs(1, 50, 50, tenant="a") + runs(2, 50, 0, tenant="a")
+    # Pooled, the others would have fallen from 92% to 58%; none of their workloads has.
+    easy = runs(1, 90, 90, tenant="b") + runs(2, 40, 40, tenant="b")
+    hard = runs(1, 30, 6, tenant="b", workload="riddles") + runs(2, 60, 12, tenant="b", workload="riddles")
+    assert not verdict(suspect + easy + hard).worse
+    # Pooled, they would have risen; one has fallen.
+    fell = runs(1, 30, 28, tenant="c") + runs(2, 30, 12, tenant="c")
+    rest = runs(1, 30, 0, tenant="c", workload="chat") + runs(2, 90, 80, tenant="c", workload="chat")
+    assert verdict(suspect + fell + rest).worse
+
+
+def test_many_workloads_of_the_others_in_which_nothing_fell_do_not_vouch_by_chance() -> None:
+    suspect = runs(1, 50, 50, tenant="a") + runs(2, 50, 0, tenant="a")
+    # One in ten looks worse, as chance will have it.
+    steady = [r for i in range(9) for g in (1, 2) for r in runs(g, 40, 30, tenant="b", workload=f"steady {i}")]
+    unlucky = runs(1, 40, 32, tenant="b", workload="unlucky") + runs(2, 40, 21, tenant="b", workload="unlucky")
+    assert not verdict(suspect + steady + unlucky).worse

@@ -312,6 +312,43 @@ def test_an_adapter_in_use_is_not_evicted_but_waited_for(engine: Endpoint, tmp_p
     asyncio.run(scenario())
 
 
+def test_an_engine_that_starts_again_gets_its_adapters_back_while_a_further_one_waits_for_a_place(
+    engine: Endpoint, tmp_path: Path
+) -> None:
+    async def scenario() -> None:
+        first, second = (generation(tmp_path, n) for n in (1, 2))
+        residency = Residency(engine, tmp_path, max_loras=1)
+        async with residency.using(first):
+            waiting = asyncio.create_task(residency.ensure(second))
+            await asyncio.sleep(0.05)
+            async with asyncio.timeout(10):
+                await residency.restore()
+            assert residency.resident == [first.served_name]
+        await waiting
+        assert residency.resident == [second.served_name]
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("turns", range(6))
+def test_a_place_that_is_taken_again_before_the_waiting_one_gets_to_it_is_waited_for_anew(
+    engine: Endpoint, tmp_path: Path, turns: int
+) -> None:
+    async def scenario() -> None:
+        first, second = (generation(tmp_path, n) for n in (1, 2))
+        residency = Residency(engine, tmp_path, max_loras=1)
+        async with residency.using(first):
+            waiting = asyncio.create_task(residency.ensure(second))
+            await asyncio.sleep(0.05)
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        async with residency.using(first):
+            await asyncio.sleep(0.05)
+        assert await waiting is not None
+
+    asyncio.run(scenario())
+
+
 def test_when_every_place_stays_in_use_the_wait_ends_with_an_error(
     engine: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,14 +11,16 @@ import httpx
 import pytest
 from rich.console import Console
 
+from memory import keys
 from memory.errors import ConfigError, NotFoundError
 from memory.ledger import Ledger
 from memory.night_records import Evaluation, Night, TaskOutcome
 from memory.records import now
 from serve.diff import compare, print_diff
 from serve.promotion import ensure_base
+from serve.settings import ServerConfig
 from tests.memory.samples import evaluation, generation, task, trajectory
-from tests.serve.fakes import running, settings_in
+from tests.serve.fakes import OPERATOR_TOKEN, running, settings_in
 from tests.serve.test_cli import assert_refused, nightschool
 
 
@@ -108,15 +110,84 @@ def test_questions_and_answers_are_shown_to_their_own_tenant_only(ledger: Ledger
     assert "1: [2]" in shown
 
 
+def own(ledger: Ledger, tenant: str, scores: tuple[float, float], says: tuple[str, str]) -> str:
+    """A task of the tenant's that both generations were examined on; its key."""
+    asked = task(f"What is {tenant}'s secret?", tenant)
+    for number, score, answer in zip((1, 2), scores, says, strict=True):
+        run = trajectory(asked)
+        ledger.add_run(asked, run)
+        key = asked.fingerprint[:16]
+        outcome = TaskOutcome(key=key, workload=tenant, score=score, answer=answer, trajectory_id=run.id)
+        found = evaluation(number).model_copy(update={"suite": tenant, "suite_hash": tenant, "outcomes": [outcome]})
+        ledger.add_evaluation(found)
+    return asked.fingerprint[:16]
+
+
+def test_unchanged_tasks_are_listed_on_request_those_with_other_answers_first(ledger: Ledger) -> None:
+    for number, answers in ((1, {"a": "5", "b": "6", "c": "7"}), (2, {"a": "5", "b": "six", "c": "8"})):
+        outcomes = [
+            TaskOutcome(key=key, workload="sums", score=float(key == "c" and number == 1), answer=answer)
+            for key, answer in answers.items()
+        ]
+        ledger.add_evaluation(evaluation(number).model_copy(update={"outcomes": outcomes}))
+    [plain] = compare(ledger, 1, 2, tenant="default").suites
+    assert ([t.key for t in plain.changed], plain.same, plain.unchanged) == (["c"], 2, [])
+    [found] = compare(ledger, 1, 2, tenant="default", unchanged=True).suites
+    assert ([t.key for t in found.changed], [t.key for t in found.unchanged]) == (["c"], ["b", "a"])
+
+
+def test_answers_are_shown_by_their_ends_or_in_full(ledger: Ledger) -> None:
+    long = " ".join(["Once upon a time"] * 20)
+    own(ledger, "default", (1.0, 1.0), (long, "The end."))
+    found = compare(ledger, 1, 2, tenant="default", unchanged=True)
+
+    def printed(**options: bool) -> str:
+        console = Console(width=200, record=True)
+        print_diff(found, console, **options)
+        return " ".join(console.export_text().split())
+
+    assert "The end." in printed()
+    assert printed().count("Once upon a time") < 5
+    assert printed(full=True).count("Once upon") == 20
+
+
+def test_a_key_sees_its_own_tenants_tasks_and_counts_of_all(tmp_path: Path) -> None:
+    with running(settings_in(tmp_path, server=ServerConfig(keys=True)), lambda _: "Action: finish(1)") as started:
+        url, services = started
+        prepare(services.ledger)
+        mine = own(services.ledger, "beta", (0.0, 1.0), ("no", "yes"))
+        theirs = own(services.ledger, "rival", (1.0, 1.0), ("yes", "yes"))
+        key = keys.mint(services.ledger.database, keys.ApiKey(name="ann", tenant="beta", scopes=[keys.Scope.OPERATE]))
+
+        def get(secret: str) -> httpx.Response:
+            asked = {"unchanged": "true"}
+            return httpx.get(
+                f"{url}/v1/generations/1/diff/2", params=asked, headers={"Authorization": f"Bearer {secret}"}
+            )
+
+        shown = get(key)
+        assert theirs not in shown.text
+        beta, rival = shown.json()["suites"]
+        assert [(t["key"], t["answers"]) for t in beta["changed"]] == [(mine, ["no", "yes"])]
+        assert (rival["same"], rival["changed"], rival["unchanged"]) == (1, [], [])
+        assert theirs in get(OPERATOR_TOKEN).text
+
+
 def test_the_api_and_the_command_say_the_same(tmp_path: Path) -> None:
     with running(settings_in(tmp_path), lambda _: "Action: finish(1)") as (url, services):
         prepare(services.ledger)
         for number, score in ((1, 0.0), (2, 1.0)):
-            services.ledger.add_evaluation(measured(number, {"a": score}))
+            services.ledger.add_evaluation(measured(number, {"a": score, "b": 1.0}))
         reply = httpx.get(f"{url}/v1/generations/1/diff/2")
         assert reply.json()["suites"][0]["better"] == 1
         assert httpx.get(f"{url}/v1/generations/1/diff/0").status_code == 404
         assert httpx.get(f"{url}/v1/generations/1/diff/1").status_code == 400
         assert httpx.get(f"{url}/v1/generations/1/diff/{10**30}").status_code == 400
+        unchanged = httpx.get(f"{url}/v1/generations/1/diff/2", params={"unchanged": True}).json()["suites"][0][
+            "unchanged"
+        ]
+        assert [t["key"] for t in unchanged] == ["b"]
     assert "gen-2 better" in nightschool("diff", "1", "2", cwd=tmp_path).stdout
+    assert "sums b" not in nightschool("diff", "1", "2", cwd=tmp_path).stdout
+    assert "sums b" in nightschool("diff", "1", "2", "--all", "--full", cwd=tmp_path).stdout
     assert_refused(nightschool("diff", "1", "0", cwd=tmp_path), "never both evaluated")

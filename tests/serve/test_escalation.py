@@ -24,8 +24,9 @@ from memory.errors import ConfigError
 from memory.escalations import Budget, Escalation, Reason, Status
 from memory.ledger import Ledger
 from memory.night_records import Night, NightStatus, StageRun
+from memory.predictor import PastOutcome, Predictor, fit
 from memory.records import Outcome, OutcomeSource, Purpose, StopReason, Task, Trajectory
-from serve import promotion
+from serve import escalation, promotion
 from serve.counters import COUNTED
 from serve.escalation import Teacher, TeacherConfig, recipes_with_teacher
 from serve.reports import night_report
@@ -348,6 +349,30 @@ def test_a_prediction_is_made_from_the_tenants_own_past_and_some_hopeless_tasks_
     tried = sum(chance("default", bold, f"traj_{n}") is None for n in range(40))
     assert 10 <= tried <= 30
     assert chance("default", teacher_of(ledger, oracle, threshold=0.0)) is None
+
+
+def test_beside_a_canary_both_generations_predictors_are_remembered_and_old_ones_are_not(
+    ledger: Ledger, oracle: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    past(ledger, 30, success=False)
+    fitted: list[int] = []
+
+    def counted(history: list[PastOutcome], generation: int) -> Predictor | None:
+        fitted.append(generation)
+        return fit(history, generation)
+
+    monkeypatch.setattr(escalation, "fit", counted)
+    teacher = teacher_of(ledger, oracle)
+
+    def asked(*generations: int) -> None:
+        for number in generations:
+            asyncio.run(teacher.foreseen(samples.task(), number, "traj_1"))
+
+    asked(1, 2, 1, 2)
+    assert fitted == [1, 2]
+    monkeypatch.setattr(escalation, "REFIT_S", 0.0)
+    asked(2, 1)
+    assert fitted == [1, 2, 2, 1]
 
 
 def test_an_unjudged_run_teaches_only_where_the_operator_trusts_the_teacher(ledger: Ledger, oracle: FakeEngine) -> None:

@@ -119,6 +119,24 @@ def test_a_champion_that_changes_while_the_canary_is_loaded_leaves_it_without_us
     assert ledger.canary() is None
 
 
+def test_a_canary_that_was_ended_while_the_watch_let_it_serve_all_serves_nobody(ledger: Ledger) -> None:
+    class Slow(FakeResidency):
+        async def ensure(self, generation: Generation) -> None:
+            if ledger.canary() is not None:
+                ledger.end_canary("enough", "operator")
+
+    ledger.begin_canary(2, 0.1, why="test", by="test")
+    [pair] = watched(ledger)
+    stood = LiveVerdict(worse=False, told="as good", evidence={}, compared=100, workloads=[])
+    with pytest.raises(ConflictError, match="changed meanwhile"):
+        asyncio.run(act(ledger, Slow(), pair, stood, WatchConfig()))  # type: ignore[arg-type]
+    assert ledger.champion().number == 0
+    # Ended before the watch came to it.
+    with pytest.raises(ConflictError, match="changed meanwhile"):
+        asyncio.run(act(ledger, FakeResidency(), pair, stood, WatchConfig()))  # type: ignore[arg-type]
+    assert ledger.champion().number == 0
+
+
 def test_what_was_rejected_or_serves_already_is_not_promoted(ledger: Ledger) -> None:
     ledger.advance_generation(2, GenerationStatus.REJECTED)
     with pytest.raises(ConflictError, match="rejected"):

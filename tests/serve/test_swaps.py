@@ -12,10 +12,12 @@ from typing import Any
 import httpx
 
 from agent.engine_client import EngineClient
+from evals.live import WatchConfig
 from memory.night_records import Generation, GenerationStatus
+from serve import watching
 from serve.adapters import Residency, adapter_sha256, loaded
 from serve.api.app import create_app
-from serve.benches.swap import Load, rolled_back, under_load
+from serve.benches.swap import Load, rolled_back, rolled_back_by_the_watch, under_load
 from serve.night import NightSchool
 from serve.settings import ServerConfig
 from tests.serve.fake_engine import FakeVLLM
@@ -69,9 +71,17 @@ def test_twenty_swaps_under_sixteen_clients_lose_no_request_and_mix_up_no_reply(
                         await asyncio.sleep(0.01)
                 left, before = await loaded(engine), len(server.calls)
                 assert await rolled_back(http, asked(0)) > 0
+                for_the_way_back = server.calls[before:]
+                async with watching.kept(services):
+                    watched = await rolled_back_by_the_watch(http, services.ledger, 4, asked, WatchConfig())
             assert services.ledger.champion().number == 3
+            row = services.ledger.promotions()[-1]
+            assert (row.from_generation, row.to_generation, row.by) == (4, 3, "watch")
+            switched, answered, met = watched
+            assert 0 < switched < answered
+            assert met.failed == []
             await llm.close()
-            return load, left, names, server.calls[before:]
+            return load, left, names, for_the_way_back
 
     try:
         load, left, names, for_the_way_back = asyncio.run(scenario())

@@ -13,17 +13,29 @@ import pytest
 from rich.console import Console
 
 from evals.live import WatchConfig
+from memory.approvals import decide
 from memory.errors import ConflictError
+from memory.forget import forget
 from memory.ledger import Ledger, insert_run
 from memory.night_records import Generation, GenerationStatus, Night, NightStatus, StageRun
-from memory.records import Feedback, FeedbackKind, Outcome, OutcomeSource, Purpose, StopReason, Task, Trajectory
-from serve import promotion
+from memory.records import (
+    Feedback,
+    FeedbackKind,
+    Outcome,
+    OutcomeSource,
+    Purpose,
+    StopReason,
+    Task,
+    Trajectory,
+    Trust,
+)
+from serve import promotion, watching
 from serve.commands import print_generations, print_status
 from serve.reports import night_report
 from serve.stages.material import snapshot
 from serve.stages.night_run import NightRun
 from serve.stages.publication import publish
-from serve.watching import LiveOutcomes
+from serve.watching import LiveOutcomes, standing
 from serve.wiring import Services
 from tests.serve.fakes import running, settings_in
 
@@ -68,13 +80,19 @@ def newcomer(ledger: Ledger, *, serves: bool = False) -> int:
 
 
 def served(
-    ledger: Ledger, generation: int, n: int, success: bool, by: OutcomeSource | None = OutcomeSource.VERIFIER
+    ledger: Ledger,
+    generation: int,
+    n: int,
+    success: bool,
+    by: OutcomeSource | None = OutcomeSource.VERIFIER,
+    user: str | None = None,
 ) -> list[Trajectory]:
     """Runs of the generation on new tasks, committed with what a verifier said of them."""
     made: list[tuple[Task, Trajectory]] = []
     name = ledger.generation(generation).served_name
     for _ in range(n):
-        task = Task(workload="sums", messages=[{"role": "user", "content": f"What is {next(numbers)} + 1?"}])
+        asked = [{"role": "user", "content": f"What is {next(numbers)} + 1?"}]
+        task = Task(workload="sums", messages=asked, user=user)
         run = Trajectory(
             task_id=task.id,
             workload="sums",
@@ -180,6 +198,83 @@ def test_users_who_complain_roll_back_and_one_who_complains_of_everything_does_n
     assert ledger.champion().number == new
     score(runs[30:40], 0.0, "key:second")
     assert soon(lambda: ledger.champion().number == old)
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[Ledger]:
+    """A ledger that no service watches, with generation 0 as its champion."""
+    opened = Ledger.open(f"sqlite:///{tmp_path}/ledger.db")
+    promotion.ensure_base(opened, "test/model")
+    yield opened
+    opened.close()
+
+
+def scored(ledger: Ledger, runs: list[Trajectory], value: float, author: str) -> list[Feedback]:
+    said = [Feedback(trajectory_id=run.id, kind=FeedbackKind.SCORE, value=value, author=author) for run in runs]
+    for word in said:
+        ledger.add_feedback(word)
+    return said
+
+
+def reject(ledger: Ledger, said: list[Feedback]) -> None:
+    for word in said:
+        decide(ledger.database, word.id, Trust.REJECTED, "a campaign", tenant=word.tenant, by="operator")
+
+
+def worse(live: LiveOutcomes) -> list[bool]:
+    return [verdict.worse for _, verdict in live.look()]
+
+
+def test_what_was_rejected_since_it_was_read_rolls_nothing_back(alone: Ledger) -> None:
+    served(alone, 0, 30, success=True)
+    newcomer(alone, serves=True)
+    runs, live = served(alone, 1, 21, success=True, by=None), LiveOutcomes(alone, WatchConfig())
+    campaign = scored(alone, runs[:10], 0.0, "key:hostile")
+    scored(alone, runs[10:19], 0.0, "key:second")
+    assert worse(live) == [False]
+    reject(alone, campaign)
+    scored(alone, runs[19:20], 0.0, "key:third")
+    assert worse(live) == [False]
+    scored(alone, runs[:10], 0.0, "key:fourth")
+    assert worse(live) == [True]
+
+
+def test_what_was_forgotten_since_it_was_read_rolls_nothing_back(alone: Ledger, tmp_path: Path) -> None:
+    served(alone, 0, 30, success=True)
+    newcomer(alone, serves=True)
+    live = LiveOutcomes(alone, WatchConfig())
+    served(alone, 1, 19, success=False, user="eve")
+    assert worse(live) == [False]
+    forget(alone.database, tmp_path, tenant="default", user="eve", by="operator")
+    served(alone, 1, 1, success=False)
+    assert worse(live) == [False]
+
+
+def test_praise_that_was_rejected_hides_a_fall_no_longer(alone: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watching, "HEARD_S", 0.0)
+    served(alone, 0, 30, success=True)
+    newcomer(alone, serves=True)
+    runs, live = served(alone, 1, 20, success=True, by=None), LiveOutcomes(alone, WatchConfig())
+    for i in (0, 10):
+        scored(alone, runs[i : i + 10], 0.0, f"key:{i}")
+    campaign = scored(alone, runs, 1.0, "key:hostile")
+    assert worse(live) == [False]
+    reject(alone, campaign)
+    assert worse(live) == [True]
+
+
+def test_only_its_tenant_and_the_operator_are_told_which_work_got_worse(alone: Ledger) -> None:
+    served(alone, 0, 30, success=True)
+    newcomer(alone, serves=True)
+    served(alone, 1, 30, success=False)
+    for tenant in (None, "default"):
+        [shown] = standing(alone, WatchConfig(), tenant)
+        assert "workload 'sums': live success 30/30" in shown["told"]
+        assert [(w["tenant"], w["workload"]) for w in shown["workloads"]] == [("default", "sums")]
+    [hidden] = standing(alone, WatchConfig(), "rival")
+    assert "proven worse in what another tenant asks" in hidden["told"]
+    assert "sums" not in str(hidden)
+    assert hidden["workloads"] == []
 
 
 def test_a_canary_is_the_same_to_a_user_every_time_and_says_who_answered(

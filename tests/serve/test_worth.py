@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 
 from evals.suites import EvalTask, Suite, save_suite
+from memory.errors import NotEnoughExperienceError
 from memory.ledger import Ledger
 from memory.night_records import Night, NightStatus, StageRun
 from memory.records import Feedback, FeedbackKind, Outcome, OutcomeSource, Purpose, Trajectory, Trust
 from serve import promotion
 from serve.stages.material import load_snapshot, snapshot
+from serve.stages.practice import practise
 from serve.stages.worth import nothing_new
 from serve.suites import configured_suites
 from serve.wiring import open_ledger
@@ -124,6 +126,37 @@ def test_what_was_forgotten_has_to_leave_the_weights_whatever_the_day_brought(
 ) -> None:
     ran(ledger)
     monkeypatch.setattr("serve.stages.worth.must_start_from_base", lambda *_: True)
+    assert why(ledger, tmp_path) is None
+
+
+def test_while_a_canary_is_on_trial_no_night_takes_its_place_unless_it_was_told_what_to_learn(
+    ledger: Ledger, tmp_path: Path
+) -> None:
+    ran(ledger, score=0.0)
+    ledger.add_generation(samples.generation(1))
+    ledger.begin_canary(1, 0.1, why="test", by="night")
+    assert "generation 1 is on trial" in str(why(ledger, tmp_path))
+    assert "generation 1 is on trial" in str(why(ledger, tmp_path, min_failures=0))
+    assert why(ledger, tmp_path, {"recipes": ["corrections"]}) is None
+    assert why(ledger, tmp_path, {"since": "2020-01-01T00:00:00+00:00"}) is None
+    ledger.end_canary("enough", "operator")
+    assert why(ledger, tmp_path) is None
+
+
+def test_nor_does_it_practise_meanwhile(ledger: Ledger, tmp_path: Path) -> None:
+    ledger.add_generation(samples.generation(1))
+    ledger.begin_canary(1, 0.1, why="test", by="night")
+    with pytest.raises(NotEnoughExperienceError, match="on trial"):
+        practise(night_in(ledger, tmp_path, [], Night(options={"practice": 3})))
+
+
+def test_a_canary_that_knows_what_was_forgotten_is_replaced(
+    ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran(ledger, score=0.0)
+    ledger.add_generation(samples.generation(1))
+    ledger.begin_canary(1, 0.1, why="test", by="night")
+    monkeypatch.setattr("serve.stages.material.must_start_from_base", lambda _, of: of.number == 1)
     assert why(ledger, tmp_path) is None
 
 
