@@ -15,6 +15,7 @@ from typing import Any
 from distill.near import Questions
 from distill.runs import answer_of, callable_tools, corrected_run, run_of
 from memory.records import (
+    FULL_MARKS,
     TEACHING,
     Feedback,
     FeedbackKind,
@@ -125,25 +126,56 @@ class Snapshot:
         A run that goes on after a client's tool calls comes with the task that its conversation began with.
         """
         for trajectory in self.trajectories:
-            task, outcome = self.tasks.get(trajectory.task_id), self.outcome(trajectory)
-            if task is None or outcome is None or trajectory.stop_reason is not StopReason.ANSWER:
-                continue
-            if outcome.by is OutcomeSource.VERIFIER and judged_blindly(task):
-                continue
-            by_user = outcome.by is OutcomeSource.USER and self._corroborated(trajectory, task)
-            if outcome.success and (outcome.by is OutcomeSource.VERIFIER or by_user):
+            task = self.tasks.get(trajectory.task_id)
+            outcome = self._vouched(trajectory, task) if task is not None else None
+            if task is not None and outcome is not None:
                 yield trajectory, self._first_task(trajectory, task), outcome
 
     def teacher_successes(self) -> Iterator[tuple[Trajectory, Task, Outcome]]:
-        """The teacher's runs that something vouches for: a verifier of answers, users, or the operator's settings."""
+        """The teacher's runs by the same standard: whoever can make the teacher say something could otherwise teach
+        that. Besides, those that the operator's settings trust and no user finds fault with."""
         for trajectory in self.taught:
-            task, outcome = self.tasks.get(trajectory.task_id), self.outcome(trajectory)
-            if task is None or outcome is None or trajectory.stop_reason is not StopReason.ANSWER:
+            task, own = self.tasks.get(trajectory.task_id), trajectory.outcome
+            if task is None:
                 continue
-            if outcome.by is OutcomeSource.VERIFIER and judged_blindly(task):
-                continue
-            if outcome.success and outcome.by is not OutcomeSource.CRITIC:
+            outcome = self._vouched(trajectory, task)
+            if outcome is None and own is not None and own.by is OutcomeSource.TEACHER:
+                outcome = self._full_marks(trajectory)
+            if outcome is not None:
                 yield trajectory, task, outcome
+
+    def sources_of(self, success: Trajectory) -> list[str]:
+        """What an example that teaches this run is made from: the run, and the users' praise where that is what made
+        it a success."""
+        outcome = self.outcome(success)
+        by_users = outcome is not None and outcome.by is OutcomeSource.USER
+        said = self.said_of(success) if by_users else []
+        praise = [f.id for f in said if f.kind is FeedbackKind.SCORE and (score_of(f.value) or 0.0) >= 0.5]
+        return [success.id, *praise]
+
+    def failed(self, trajectory: Trajectory) -> bool:
+        """Whether a run may be put behind a better one: judged, and without full marks. Where users judged, somebody
+        with a name must find fault: a bad mark that nobody signed is an outcome and decides no pair."""
+        outcome = self.outcome(trajectory)
+        if outcome is None or outcome.success or outcome.by is not OutcomeSource.USER:
+            return outcome is not None and not outcome.success
+        said = self.said_of(trajectory)
+        signed = scores_of(trajectory, (f for f in said if f.voice != ANONYMOUS))
+        corrected = any(_other_answer(f.value, trajectory.answer) for f in corrections_of(trajectory, said))
+        return corrected or any(score < FULL_MARKS for score in signed.values())
+
+    def _full_marks(self, trajectory: Trajectory) -> Outcome | None:
+        outcome = self.outcome(trajectory)
+        done = outcome is not None and outcome.success and trajectory.stop_reason is StopReason.ANSWER
+        return outcome if done else None
+
+    def _vouched(self, trajectory: Trajectory, task: Task) -> Outcome | None:
+        """The outcome of a run that may teach: an answer with full marks by whom `own_successes` names."""
+        outcome = self._full_marks(trajectory)
+        if outcome is None or (outcome.by is OutcomeSource.VERIFIER and judged_blindly(task)):
+            return None
+        by_users = outcome.by is OutcomeSource.USER and self._corroborated(trajectory, task)
+        return outcome if by_users or outcome.by is OutcomeSource.VERIFIER else None
 
     def _first_task(self, trajectory: Trajectory, task: Task) -> Task:
         first = trajectory
@@ -169,7 +201,7 @@ class Snapshot:
 
     @cached_property
     def _praise(self) -> dict[AnswerKey, set[str]]:
-        return praise_of(self.trajectories, self.feedback, self.tasks)
+        return praise_of([*self.trajectories, *self.taught], self.feedback, self.tasks)
 
     @cached_property
     def _last_answers(self) -> dict[tuple[str, str, str], str]:

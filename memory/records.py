@@ -146,6 +146,10 @@ class OutcomeSource(StrEnum):
     CRITIC = "critic"
 
 
+FULL_MARKS = 0.99
+"""The score of a success: partial credit is a failure to learn from."""
+
+
 class Outcome(Record):
     """How good an answer is: `score` in 0..1, by whom, and how sure (`confidence` in 0..1)."""
 
@@ -156,8 +160,8 @@ class Outcome(Record):
 
     @property
     def success(self) -> bool:
-        """Full marks; partial credit is a failure to learn from."""
-        return self.score >= 0.99
+        """Full marks."""
+        return self.score >= FULL_MARKS
 
 
 class StopReason(StrEnum):

@@ -14,7 +14,7 @@ from datetime import datetime
 
 from distill.partings import MODELS_FAULT, Better, Parting, Question, parting_of
 from distill.runs import by_usefulness, rendered_tools, run_of
-from distill.snapshot import Snapshot, corrections_of, score_of
+from distill.snapshot import ANONYMOUS, Snapshot, corrections_of, score_of
 from distill.sweet_spot import sweet_spot
 from memory.records import Example, FeedbackKind, Task, Trajectory
 
@@ -60,13 +60,12 @@ def unanswered(snapshot: Snapshot) -> set[Question]:
 
 
 def _complaints(snapshot: Snapshot, trajectory: Trajectory) -> list[str]:
-    """The ids of the trusted words that find fault with a run, a score below half or a correction; none where the
-    run was right all the same, or was not the model's fault."""
-    outcome = snapshot.outcome(trajectory)
-    if outcome is None or outcome.success or trajectory.stop_reason not in MODELS_FAULT:
+    """The ids of the trusted words that find fault with a run, a signed score below half or a correction; none where
+    the run was right all the same, or was not the model's fault."""
+    if not snapshot.failed(trajectory) or trajectory.stop_reason not in MODELS_FAULT:
         return []
     said = snapshot.said_of(trajectory)
-    scores = [(f.id, score_of(f.value)) for f in said if f.kind is FeedbackKind.SCORE]
+    scores = [(f.id, score_of(f.value)) for f in said if f.kind is FeedbackKind.SCORE and f.voice != ANONYMOUS]
     return [id for id, score in scores if score is not None and score < 0.5] + [
         f.id for f in corrections_of(trajectory, said)
     ]
@@ -78,7 +77,7 @@ def _fresh(snapshot: Snapshot) -> dict[Question, list[tuple[Trajectory, Better]]
     for trajectory, task, _ in snapshot.own_successes():
         run = run_of(trajectory, task)
         if run is not None:
-            better = Better(None, run, rendered_tools(trajectory), [trajectory.id])
+            better = Better(None, run, rendered_tools(trajectory), snapshot.sources_of(trajectory))
             found[task.tenant, task.fingerprint].append((trajectory, better))
     for runs in found.values():
         runs.sort(key=lambda one: (-one[0].generation, by_usefulness(one[1].run, one[1].tools), one[0].id))

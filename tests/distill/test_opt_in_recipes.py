@@ -242,6 +242,20 @@ def test_without_a_complaint_and_a_fresh_success_there_is_no_pair(score, came, w
     assert not list(dissatisfaction(snapshot((ONE, bad), (ONE, good), said=said)))
 
 
+@pytest.mark.parametrize(("author", "pairs"), [("anonymous", 0), ("ann", 1)])
+@pytest.mark.parametrize("name", ["contrast", "contrast_runs", "dissatisfaction", "intervene", "revise"])
+def test_a_bad_mark_that_nobody_signed_puts_no_run_behind_another(name: str, author: str, pairs: int):
+    bad = trajectory(ONE, WRONG, None, id="traj_bad")
+    good = trajectory(ONE, solve(1), id="traj_good", started_at=at(5))
+    down = scored(bad, 0.0, author)
+    assert len(list(RECIPES[name](snapshot((ONE, bad), (ONE, good), said=[down])))) == pairs
+
+
+def test_a_trusted_correction_that_nobody_signed_says_what_was_wrong_all_the_same():
+    bad = trajectory(ONE, WRONG, None, id="traj_bad")
+    assert list(RECIPES["contrast"](snapshot((ONE, bad), said=[correction(bad, solve(1), "anonymous")])))
+
+
 @pytest.mark.parametrize(("successes", "rejected"), [(2, 0.0), (12, 0.4)])
 def test_of_many_complaints_the_one_near_two_sigmas_below_the_mean_is_rejected(successes, rejected):
     runs = {value: trajectory(ONE, [say(f"no {value}")], None, id=f"traj_{value}") for value in (0.0, 0.4)}
