@@ -65,6 +65,16 @@ class Parting:
         )
 
 
+def scores(snapshot: Snapshot) -> dict[Question, list[float]]:
+    """The scores of each question's judged own runs: what `distill.sweet_spot` chooses by."""
+    found: defaultdict[Question, list[float]] = defaultdict(list)
+    for trajectory in snapshot.trajectories:
+        task, outcome = snapshot.tasks.get(trajectory.task_id), snapshot.outcome(trajectory)
+        if task is not None and outcome is not None:
+            found[task.tenant, task.fingerprint].append(outcome.score)
+    return dict(found)
+
+
 def partings(snapshot: Snapshot) -> Iterator[Parting]:
     """At most one for each failed run: from its own correction first, then from the question's best run."""
     better = _better_runs(snapshot)
