@@ -55,6 +55,7 @@ class Snapshot:
     So are the runs of a teacher, which are nobody's own: `taught`.
     `praised`: who praised which answers on runs that are not here (`praise_of`): earlier nights' material vouches for
     tonight's and is not taught again.
+    `champion`: the generation that the night goes on from, whose samples are today's model's; None: any generation's.
     """
 
     trajectories: list[Trajectory]
@@ -66,6 +67,7 @@ class Snapshot:
     begun: list[Trajectory] = field(default_factory=list)
     taught: list[Trajectory] = field(default_factory=list)
     praised: Mapping[AnswerKey, set[str]] = field(default_factory=dict)
+    champion: int | None = None
 
     def __post_init__(self) -> None:
         tenants = {task.id: task.tenant for task in self.tasks.values()}

@@ -4,7 +4,8 @@ ETO (arXiv 2403.02502) compares the agent's own run with a better one of the sam
 the reference is the policy at the start of the night. IPR (arXiv 2406.11176) puts the pair at the
 step. Both turns stand at the first step where the runs part: TRL's DPO has no assistant-only mask, so
 a longer continuation would also weigh tool results. Of several failures that leave the same better turn, the one to
-reject is chosen by `distill.sweet_spot`; those that part elsewhere, or have a correction of their own, teach another step.
+reject is chosen by `distill.sweet_spot`; those that part elsewhere, or have a correction of their own, teach another
+step.
 """
 
 from __future__ import annotations
