@@ -52,8 +52,9 @@ class DatasetConfig(BaseModel):
     max_per_cluster: int = Field(default=16, ge=1)
     """Examples of one kind for questions that are nearly the same."""
     max_per_author: int = Field(default=128, ge=1)
-    """Examples resting on one author's feedback, or on nobody's and one named user's requests, in absolute numbers:
-    nobody can drown the others. An example that any full author stands behind stays out."""
+    """Examples resting on one author's feedback, or on nobody's and one asker's requests (a key's, or a user's whom a
+    vouching key or the operator names), in absolute numbers: nobody can drown the others. An example that any full
+    author stands behind stays out. What the operator asks in nobody's name has no such cap."""
     max_per_workload: int = Field(default=2000, ge=1)
     """Examples of one kind of one workload."""
     min_examples: int = Field(default=8, ge=1)
@@ -333,9 +334,9 @@ def _lesson(example: Example) -> str:
 
 
 def _asker(task: Task) -> set[tuple[str, str]]:
-    """Who asked, for what rests on nobody's feedback: the reference that judged it came with the request."""
-    name = task.safety_identifier or task.user
-    return {(task.tenant, name)} if name else set()
+    """Who asked, for what rests on nobody's feedback: the reference that judged it came with the request. Nobody for
+    the operator's own, and where there are no keys and no user is named."""
+    return {(task.tenant, task.voice)} if task.voice else set()
 
 
 def _asked(task: Task) -> str:

@@ -71,8 +71,7 @@ def keep_task(ledger: Ledger, task: Task) -> None:
     try:
         ledger.add_task(task)
     except ConflictError:
-        known = ledger.get_task(task.id)
-        if known != task.model_copy(update={"source": known.source, "created_at": known.created_at}):
+        if not ledger.get_task(task.id).asks_the_same(task):
             raise
 
 
