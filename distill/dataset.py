@@ -29,7 +29,17 @@ from distill.train.served import FILE as SERVED
 from distill.train.served import Served, served_turns
 from memory.errors import ConflictError, NotEnoughExperienceError, TrainingError, boundary
 from memory.recall import Recaller
-from memory.records import RECALLED, Example, ExampleKind, Feedback, Task, Trajectory, content_hash, text_of
+from memory.records import (
+    RECALLED,
+    Example,
+    ExampleKind,
+    Feedback,
+    FeedbackKind,
+    Task,
+    Trajectory,
+    content_hash,
+    text_of,
+)
 
 MANIFEST = "manifest.json"
 FILES = {ExampleKind.SFT: "sft.jsonl", ExampleKind.DPO: "dpo.jsonl"}
@@ -255,7 +265,7 @@ class Caps:
         """`tasks`: those of all examples that will be asked about; `feedback` names who stands behind them."""
         self._config = config
         self._tasks = tasks
-        self._authors = {f.id: (f.tenant, f.voice) for f in feedback}
+        self._words = {f.id: f for f in feedback}
         self._said = {id: _asked(task) for id, task in tasks.items()}
         self._leaders = clusters(self._said.values())
         self._counted: Counter[tuple[str, ...]] = Counter()
@@ -293,13 +303,19 @@ class Caps:
         """Each cap's setting and whose room the example takes."""
         task = self._tasks[example.task_id]
         of = (example.kind.value, example.tenant)
-        authors = {self._authors[source] for source in example.sources if source in self._authors} or _asker(task)
         return {
             "max_per_task": [("task", *of, task.fingerprint)],
             "max_per_cluster": [("cluster", *of, self._leaders[self._said[example.task_id]])],
-            "max_per_author": [("author", *author) for author in authors],
+            "max_per_author": [("author", *author) for author in self._authors(example, task)],
             "max_per_workload": [("workload", *of, example.workload)],
         }
+
+    def _authors(self, example: Example, task: Task) -> set[tuple[str, str]]:
+        """Who stands behind an example: whose words made it, else who asked; besides, whose hints helped."""
+        words = [self._words[source] for source in example.sources if source in self._words]
+        hinting = {(f.tenant, f.voice) for f in words if f.kind is FeedbackKind.HINT}
+        vouching = {(f.tenant, f.voice) for f in words if f.kind is not FeedbackKind.HINT}
+        return hinting | (vouching or _asker(task))
 
 
 def _capped(

@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from distill.near import Questions
-from distill.runs import answer_of, callable_tools, corrected_run, run_of
+from distill.runs import answer_of, callable_tools, corrected_run, hints_shown, run_of
 from memory.records import (
     FULL_MARKS,
     TEACHING,
@@ -52,7 +52,8 @@ class Snapshot:
     themselves where at hand: they also catch near-duplicates, and join `held_out` by themselves.
     `begun`: runs that ended in a client's tool call. They are no whole runs; what came of them is, in the
     run that continues them. They are taken out of `trajectories`, as is every run that another continues.
-    So are the runs of a teacher, which are nobody's own: `taught`.
+    So are the runs of a teacher, which are nobody's own: `taught`. A try that was shown a hint which was rejected since
+    is left out.
     `praised`: who praised which answers on runs that are not here (`praise_of`): earlier nights' material vouches for
     tonight's and is not taught again.
     `champion`: the generation that the night goes on from, whose samples are today's model's; None: any generation's.
@@ -71,10 +72,12 @@ class Snapshot:
 
     def __post_init__(self) -> None:
         tenants = {task.id: task.tenant for task in self.tasks.values()}
+        rejected = {f.id for f in self.feedback if f.trust is Trust.REJECTED}
         serve = {
             t.id: t
             for t in [*self.begun, *self.taught, *self.trajectories]
             if t.purpose in TEACHING and tenants.get(t.task_id, t.tenant) == t.tenant
+            if not rejected.intersection(hints_shown(t))
         }
         continued = {t.continues for t in serve.values()}
         begun = {id for id, t in serve.items() if t.stop_reason is StopReason.TOOL_CALLS or id in continued}
@@ -147,13 +150,13 @@ class Snapshot:
                 yield trajectory, task, outcome
 
     def sources_of(self, success: Trajectory) -> list[str]:
-        """What an example that teaches this run is made from: the run, and the users' praise where that is what made
-        it a success."""
+        """What an example that teaches this run is made from: the run, the hints that it was shown, and the users'
+        praise where that is what made it a success."""
         outcome = self.outcome(success)
         by_users = outcome is not None and outcome.by is OutcomeSource.USER
         said = self.said_of(success) if by_users else []
         praise = [f.id for f in said if f.kind is FeedbackKind.SCORE and (score_of(f.value) or 0.0) >= 0.5]
-        return [success.id, *praise]
+        return [success.id, *hints_shown(success), *praise]
 
     def failed(self, trajectory: Trajectory) -> bool:
         """Whether a run may be put behind a better one: judged, and without full marks. Where users judged, somebody
