@@ -16,7 +16,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -88,6 +88,8 @@ class Dataset:
     """Turns as the engine saw them, by which the trainer checks its own rendering."""
     champion: int | None = None
     memory_watermark: str = ""
+    recipes: list[str] = field(default_factory=list)
+    upto: dict[str, int] = field(default_factory=dict)
 
 
 class DatasetFile(BaseModel):
@@ -120,6 +122,10 @@ class Manifest(BaseModel):
     """The generation that the night goes on from."""
     memory_watermark: str = ""
     """What memory held when the recalled blocks were asked for; as of an evaluation."""
+    recipes: list[str] = Field(default_factory=list)
+    """Those that were asked, in their order; none over an uploaded file."""
+    upto: dict[str, int] = Field(default_factory=dict)
+    """The night's line, by kind of record its last seq in the ledger: nothing behind it was looked at."""
 
 
 def build(
@@ -139,13 +145,14 @@ def build(
     read is left out, so that it neither counts nor fills a cap. Raises ConfigError for an unknown recipe
     and NotEnoughExperienceError below `min_examples`.
     """
-    dropped: Counter[str] = Counter()
-    candidates = candidates_of(snapshot, recipe_names, dropped)
+    dropped, names = Counter[str](), list(recipe_names)
+    candidates = candidates_of(snapshot, names, dropped)
     if not pairs:
         untrained = sum(e.kind is ExampleKind.DPO for e in candidates)
         candidates = [e for e in candidates if e.kind is not ExampleKind.DPO]
         dropped.update({UNTRAINED: untrained} if untrained else {})
-    return _laid_out(snapshot, candidates, dropped, recaller, compose, config or DatasetConfig())
+    dataset = _laid_out(snapshot, candidates, dropped, recaller, compose, config or DatasetConfig())
+    return replace(dataset, recipes=names)
 
 
 def build_uploaded(
@@ -234,6 +241,8 @@ def write(dataset: Dataset, folder: Path) -> Manifest:
         seed=dataset.seed,
         champion=dataset.champion,
         memory_watermark=dataset.memory_watermark,
+        recipes=dataset.recipes,
+        upto=dataset.upto,
     )
     with boundary(TrainingError, f"cannot write the dataset {folder}; check the disk and its permissions"):
         if folder.exists() and any(folder.iterdir()):

@@ -38,7 +38,7 @@ TASKS, SAMPLES = 3, 2
 @pytest.fixture
 def services(tmp_path: Path) -> Iterator[Services]:
     practice = {"practice": TASKS, "practice_samples": SAMPLES, "practice_temperature": 0.7}
-    night = NightConfig(**practice, held_out_share=0.3, controls=["chat"], concurrency=1, rehearsal=0, min_examples=1)
+    night = NightConfig(**practice, held_out_share=0.3, controls=["chat"], concurrency=1, rehearsal=3, min_examples=1)
     # One try after the other: of two tries of a task one is right, whatever ids and seeds chance gave out.
     answers = cycle((5, 6))
     settings = settings_in(tmp_path, night=night, train=TrainConfig(dpo_epochs=1))
@@ -279,6 +279,9 @@ def test_a_dataset_stage_that_runs_again_gives_the_same_bytes_whatever_came_afte
     assert manifest is not None
     assert (manifest.champion, manifest.memory_watermark) == (0, services.ledger.memory_watermark())
     assert manifest.memory_watermark
+    assert manifest.recipes == ["successes", "dissatisfaction"]
+    assert manifest.upto == {**run.done("snapshot")["upto"], "practice": run.done("practice")["upto"]}
+    assert manifest.counts["rehearsal"] == 3
     shutil.rmtree(folder)
     services.ledger.add_generation(Generation(number=1, base_model="m", status=GenerationStatus.CANDIDATE))
     services.ledger.promote(1, why="by hand", by="ada")
