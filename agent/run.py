@@ -107,7 +107,7 @@ async def _drive(task: Task, context: RunContext, run_id: str) -> tuple[dict[str
 def _goes_on(left: dict[str, Any], begin: dict[str, Any]) -> bool:
     """Whether a state is of the same question to the same generation: an id comes back with another one when a client
     uses its idempotency key again."""
-    own = {"id", "created_at"}
+    own = {"id", "created_at", "caller"}
     before, asked = left["task"].items(), begin["task"].items()
     same = [item for item in before if item[0] not in own] == [item for item in asked if item[0] not in own]
     return same and left.get("model") == begin["model"]

@@ -16,7 +16,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -29,7 +29,17 @@ from distill.train.served import FILE as SERVED
 from distill.train.served import Served, served_turns
 from memory.errors import ConflictError, NotEnoughExperienceError, TrainingError, boundary
 from memory.recall import Recaller
-from memory.records import RECALLED, Example, ExampleKind, Feedback, Task, Trajectory, content_hash, text_of
+from memory.records import (
+    RECALLED,
+    Example,
+    ExampleKind,
+    Feedback,
+    FeedbackKind,
+    Task,
+    Trajectory,
+    content_hash,
+    text_of,
+)
 
 MANIFEST = "manifest.json"
 FILES = {ExampleKind.SFT: "sft.jsonl", ExampleKind.DPO: "dpo.jsonl"}
@@ -52,8 +62,9 @@ class DatasetConfig(BaseModel):
     max_per_cluster: int = Field(default=16, ge=1)
     """Examples of one kind for questions that are nearly the same."""
     max_per_author: int = Field(default=128, ge=1)
-    """Examples resting on one author's feedback, or on nobody's and one named user's requests, in absolute numbers:
-    nobody can drown the others. An example that any full author stands behind stays out."""
+    """Examples resting on one author's feedback, or on nobody's and one asker's requests (a key's, or a user's whom a
+    vouching key or the operator names), in absolute numbers: nobody can drown the others. An example that any full
+    author stands behind stays out. What the operator asks in nobody's name has no such cap."""
     max_per_workload: int = Field(default=2000, ge=1)
     """Examples of one kind of one workload."""
     min_examples: int = Field(default=8, ge=1)
@@ -77,6 +88,8 @@ class Dataset:
     """Turns as the engine saw them, by which the trainer checks its own rendering."""
     champion: int | None = None
     memory_watermark: str = ""
+    recipes: list[str] = field(default_factory=list)
+    upto: dict[str, int] = field(default_factory=dict)
 
 
 class DatasetFile(BaseModel):
@@ -109,6 +122,10 @@ class Manifest(BaseModel):
     """The generation that the night goes on from."""
     memory_watermark: str = ""
     """What memory held when the recalled blocks were asked for; as of an evaluation."""
+    recipes: list[str] = Field(default_factory=list)
+    """Those that were asked, in their order; none over an uploaded file."""
+    upto: dict[str, int] = Field(default_factory=dict)
+    """The night's line, by kind of record its last seq in the ledger: nothing behind it was looked at."""
 
 
 def build(
@@ -128,13 +145,14 @@ def build(
     read is left out, so that it neither counts nor fills a cap. Raises ConfigError for an unknown recipe
     and NotEnoughExperienceError below `min_examples`.
     """
-    dropped: Counter[str] = Counter()
-    candidates = candidates_of(snapshot, recipe_names, dropped)
+    dropped, names = Counter[str](), list(recipe_names)
+    candidates = candidates_of(snapshot, names, dropped)
     if not pairs:
         untrained = sum(e.kind is ExampleKind.DPO for e in candidates)
         candidates = [e for e in candidates if e.kind is not ExampleKind.DPO]
         dropped.update({UNTRAINED: untrained} if untrained else {})
-    return _laid_out(snapshot, candidates, dropped, recaller, compose, config or DatasetConfig())
+    dataset = _laid_out(snapshot, candidates, dropped, recaller, compose, config or DatasetConfig())
+    return replace(dataset, recipes=names)
 
 
 def build_uploaded(
@@ -223,6 +241,8 @@ def write(dataset: Dataset, folder: Path) -> Manifest:
         seed=dataset.seed,
         champion=dataset.champion,
         memory_watermark=dataset.memory_watermark,
+        recipes=dataset.recipes,
+        upto=dataset.upto,
     )
     with boundary(TrainingError, f"cannot write the dataset {folder}; check the disk and its permissions"):
         if folder.exists() and any(folder.iterdir()):
@@ -254,7 +274,7 @@ class Caps:
         """`tasks`: those of all examples that will be asked about; `feedback` names who stands behind them."""
         self._config = config
         self._tasks = tasks
-        self._authors = {f.id: (f.tenant, f.voice) for f in feedback}
+        self._words = {f.id: f for f in feedback}
         self._said = {id: _asked(task) for id, task in tasks.items()}
         self._leaders = clusters(self._said.values())
         self._counted: Counter[tuple[str, ...]] = Counter()
@@ -292,13 +312,19 @@ class Caps:
         """Each cap's setting and whose room the example takes."""
         task = self._tasks[example.task_id]
         of = (example.kind.value, example.tenant)
-        authors = {self._authors[source] for source in example.sources if source in self._authors} or _asker(task)
         return {
             "max_per_task": [("task", *of, task.fingerprint)],
             "max_per_cluster": [("cluster", *of, self._leaders[self._said[example.task_id]])],
-            "max_per_author": [("author", *author) for author in authors],
+            "max_per_author": [("author", *author) for author in self._authors(example, task)],
             "max_per_workload": [("workload", *of, example.workload)],
         }
+
+    def _authors(self, example: Example, task: Task) -> set[tuple[str, str]]:
+        """Who stands behind an example: whose words made it, else who asked; besides, whose hints helped."""
+        words = [self._words[source] for source in example.sources if source in self._words]
+        hinting = {(f.tenant, f.voice) for f in words if f.kind is FeedbackKind.HINT}
+        vouching = {(f.tenant, f.voice) for f in words if f.kind is not FeedbackKind.HINT}
+        return hinting | (vouching or _asker(task))
 
 
 def _capped(
@@ -333,9 +359,9 @@ def _lesson(example: Example) -> str:
 
 
 def _asker(task: Task) -> set[tuple[str, str]]:
-    """Who asked, for what rests on nobody's feedback: the reference that judged it came with the request."""
-    name = task.safety_identifier or task.user
-    return {(task.tenant, name)} if name else set()
+    """Who asked, for what rests on nobody's feedback: the reference that judged it came with the request. Nobody for
+    the operator's own, and where there are no keys and no user is named."""
+    return {(task.tenant, task.voice)} if task.voice else set()
 
 
 def _asked(task: Task) -> str:

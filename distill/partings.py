@@ -65,12 +65,22 @@ class Parting:
         )
 
 
+def scores(snapshot: Snapshot) -> dict[Question, list[float]]:
+    """The scores of each question's judged own runs: what `distill.sweet_spot` chooses by."""
+    found: defaultdict[Question, list[float]] = defaultdict(list)
+    for trajectory in snapshot.trajectories:
+        task, outcome = snapshot.tasks.get(trajectory.task_id), snapshot.outcome(trajectory)
+        if task is not None and outcome is not None:
+            found[task.tenant, task.fingerprint].append(outcome.score)
+    return dict(found)
+
+
 def partings(snapshot: Snapshot) -> Iterator[Parting]:
     """At most one for each failed run: from its own correction first, then from the question's best run."""
     better = _better_runs(snapshot)
     for failed in snapshot.trajectories:
-        task, outcome = snapshot.tasks.get(failed.task_id), snapshot.outcome(failed)
-        if task is None or outcome is None or outcome.success or failed.stop_reason not in MODELS_FAULT:
+        task = snapshot.tasks.get(failed.task_id)
+        if task is None or not snapshot.failed(failed) or failed.stop_reason not in MODELS_FAULT:
             continue
         candidates = better.get((task.tenant, task.fingerprint), [])
         for candidate in sorted(candidates, key=lambda b: b.of != failed.id):
@@ -110,7 +120,7 @@ def _better_runs(snapshot: Snapshot) -> dict[Question, list[Better]]:
     for trajectory, task, _ in chain(snapshot.own_successes(), snapshot.teacher_successes()):
         run = run_of(trajectory, task)
         if run is not None:
-            better = Better(None, run, rendered_tools(trajectory), [trajectory.id])
+            better = Better(None, run, rendered_tools(trajectory), snapshot.sources_of(trajectory))
             found[task.tenant, task.fingerprint].append(better)
     for runs in found.values():
         runs.sort(key=lambda b: (b.of is None, by_usefulness(b.run, b.tools), actions_of(b.run), b.sources))

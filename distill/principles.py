@@ -228,7 +228,9 @@ def _offered(
     found: defaultdict[_Question, list[tuple[tuple[object, ...], PastRun]]] = defaultdict(list)
     corrected: dict[_Question, PastRun] = {}
 
-    def offer(trajectory: Trajectory, task: Task, run: list[Message], source: str, at: datetime) -> PastRun | None:
+    def offer(
+        trajectory: Trajectory, task: Task, run: list[Message], sources: list[str], at: datetime
+    ) -> PastRun | None:
         asked = task_messages(task)
         standing_alone = len(asked) == 1 and asked[0].get("role") == "user" and not looked_up(run)
         if not standing_alone or snapshot.held_out_reason(task):
@@ -240,19 +242,19 @@ def _offered(
             workload=task.workload,
             task_id=task.id,
             messages=messages,
-            sources=sorted({trajectory.id, source}),
+            sources=sorted({trajectory.id, *sources}),
             created_at=at,
         )
-        order = (by_usefulness(run, trajectory.tools), source)
+        order = (by_usefulness(run, trajectory.tools), sources[0])
         found[task.tenant, task.workload, _squeeze(past.question)].append((order, past))
         return past
 
     for trajectory, task, _ in chain(snapshot.own_successes(), snapshot.teacher_successes()):
         run = run_of(trajectory, task)
         if run is not None:
-            offer(trajectory, task, run, trajectory.id, trajectory.started_at)
+            offer(trajectory, task, run, snapshot.sources_of(trajectory), trajectory.started_at)
     for trajectory, task, feedback, run in snapshot.corrections():
-        past = offer(trajectory, task, run, feedback.id, feedback.created_at)
+        past = offer(trajectory, task, run, [feedback.id], feedback.created_at)
         if past is not None:
             key = (past.tenant, past.workload, _squeeze(past.question))
             corrected[key] = max(corrected.get(key, past), past, key=lambda run: (run.created_at, run.id))
@@ -306,7 +308,8 @@ def _kind(snapshot: Snapshot, trajectory: Trajectory, won: bool) -> PrincipleKin
     if won:
         return PrincipleKind.GUIDING
     outcome = snapshot.outcome(trajectory)
-    if outcome is None or outcome.success or outcome.by not in (OutcomeSource.VERIFIER, OutcomeSource.USER):
+    judges = (OutcomeSource.VERIFIER, OutcomeSource.USER)
+    if outcome is None or outcome.by not in judges or not snapshot.failed(trajectory):
         return None
     return None if trajectory.stop_reason in _INFRASTRUCTURE else PrincipleKind.CAUTIONARY
 

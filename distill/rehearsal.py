@@ -2,21 +2,28 @@
 
 Self-generated targets forget least (Reinforcement Fine-Tuning Naturally Mitigates Forgetting, arXiv
 2507.05386; Self-Distillation Enables Continual Learning, arXiv 2601.19897): they hold the adapter to what
-the base said before, and teach nothing new. Owns the prompts; none of them is in the plain-chat control.
+the base said before, and teach nothing new. Owns the prompts, none of which is in the plain-chat control, and the
+file of what was answered.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
-from memory.errors import ModelError
+from pydantic import TypeAdapter, ValidationError
+
+from memory.errors import ModelError, TrainingError, boundary
 from memory.records import Example, ExampleKind, Message, content_hash
 
 RECIPE = "rehearsal"
 
 Answer = Callable[[list[Message]], Awaitable[str | None]]
 """The base model's whole answer to a conversation; None when it did not come to an end."""
+
+_KEPT = TypeAdapter(dict[str, str | None])
 
 PROMPTS: tuple[str, ...] = (
     "What is the capital of Spain?",
@@ -54,28 +61,59 @@ PROMPTS: tuple[str, ...] = (
 )
 
 
-async def rehearse(answer: Answer, count: int, concurrency: int = 16) -> list[Example]:
-    """Up to `count` SFT examples in plain chat; prompts whose answer did not end are left out."""
-    gate = asyncio.Semaphore(concurrency)
+async def rehearse(answer: Answer, count: int, kept: Path | None = None, concurrency: int = 16) -> list[Example]:
+    """Up to `count` SFT examples in plain chat; prompts whose answer did not end are left out.
 
-    async def one(prompt: str) -> Example | None:
-        question: list[Message] = [{"role": "user", "content": prompt}]
+    `kept`: the file of what the base model said before. It is asked for the rest only, so that a stage that runs again
+    makes the same dataset; a question on which the engine failed is asked the next time. TrainingError when the disk
+    refuses.
+    """
+    gate, known = asyncio.Semaphore(concurrency), _read(kept)
+
+    async def ask(prompt: str) -> tuple[str, str | None] | None:
         async with gate:
             try:
-                said = await answer(question)
+                said = await answer([{"role": "user", "content": prompt}])
             except ModelError:
                 return None
-        if not said or not said.strip():
-            return None
-        messages = [*question, {"role": "assistant", "content": said}]
-        name = content_hash(messages)[:32]
-        return Example(
-            id=f"ex_{name}",
-            recipe=RECIPE,
-            kind=ExampleKind.SFT,
-            workload="general",
-            task_id=f"general_{content_hash(prompt)[:16]}",
-            messages=messages,
-        )
+        return prompt, said
 
-    return [example for example in await asyncio.gather(*map(one, PROMPTS[:count])) if example is not None]
+    prompts = PROMPTS[:count]
+    replies = await asyncio.gather(*(ask(prompt) for prompt in prompts if prompt not in known))
+    if fresh := dict(reply for reply in replies if reply is not None):
+        known |= fresh
+        _write(kept, known)
+    return [_example(prompt, said) for prompt in prompts if (said := known.get(prompt)) and said.strip()]
+
+
+def _example(prompt: str, said: str) -> Example:
+    messages: list[Message] = [{"role": "user", "content": prompt}, {"role": "assistant", "content": said}]
+    return Example(
+        id=f"ex_{content_hash(messages)[:32]}",
+        recipe=RECIPE,
+        kind=ExampleKind.SFT,
+        workload="general",
+        task_id=f"general_{content_hash(prompt)[:16]}",
+        messages=messages,
+    )
+
+
+def _read(kept: Path | None) -> dict[str, str | None]:
+    """Prompt -> its answer, None for one that did not end; nothing from a file that is missing or damaged."""
+    try:
+        return _KEPT.validate_json(kept.read_bytes()) if kept is not None else {}
+    except (OSError, ValidationError):
+        return {}
+
+
+def _write(kept: Path | None, answers: dict[str, str | None]) -> None:
+    if kept is None:
+        return
+    with boundary(TrainingError, f"cannot write {kept}; check the disk and its permissions"):
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        draft = kept.with_name(f"{kept.name}.draft")
+        with draft.open("wb") as file:
+            file.write(_KEPT.dump_json(dict(sorted(answers.items())), indent=2) + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(kept)

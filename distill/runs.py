@@ -22,6 +22,9 @@ Action = tuple[str, ...]
 MISTAKE = "mistake"
 """The `name` that a recipe gives to a turn that is to be read and not learned: `distill.layout` keeps the loss off."""
 
+HINT = "fb_"
+"""What the id of recalled feedback begins with: a hint is shown as a principle, under its own id."""
+
 _SYSTEM_ROLES = ("system", "developer")
 _KEPT = ("role", "content", "tool_calls", "tool_call_id")
 
@@ -58,6 +61,11 @@ def run_of(trajectory: Trajectory, task: Task) -> list[Message] | None:
             kept.append(_bare(message))
         reminded = False
     return None if flaw_of(kept, callable_tools(trajectory)) else kept
+
+
+def hints_shown(trajectory: Trajectory) -> list[str]:
+    """The ids of the users' hints that stood in the run's prompt (`distill.hints`)."""
+    return [item.id for item in trajectory.recalled if item.id.startswith(HINT) and not item.withheld]
 
 
 def callable_tools(trajectory: Trajectory) -> list[str]:

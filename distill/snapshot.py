@@ -13,8 +13,9 @@ from functools import cached_property
 from typing import Any
 
 from distill.near import Questions
-from distill.runs import answer_of, callable_tools, corrected_run, run_of
+from distill.runs import answer_of, callable_tools, corrected_run, hints_shown, run_of
 from memory.records import (
+    FULL_MARKS,
     TEACHING,
     Feedback,
     FeedbackKind,
@@ -51,9 +52,11 @@ class Snapshot:
     themselves where at hand: they also catch near-duplicates, and join `held_out` by themselves.
     `begun`: runs that ended in a client's tool call. They are no whole runs; what came of them is, in the
     run that continues them. They are taken out of `trajectories`, as is every run that another continues.
-    So are the runs of a teacher, which are nobody's own: `taught`.
+    So are the runs of a teacher, which are nobody's own: `taught`. A try that was shown a hint which was rejected since
+    is left out.
     `praised`: who praised which answers on runs that are not here (`praise_of`): earlier nights' material vouches for
     tonight's and is not taught again.
+    `champion`: the generation that the night goes on from, whose samples are today's model's; None: any generation's.
     """
 
     trajectories: list[Trajectory]
@@ -65,13 +68,16 @@ class Snapshot:
     begun: list[Trajectory] = field(default_factory=list)
     taught: list[Trajectory] = field(default_factory=list)
     praised: Mapping[AnswerKey, set[str]] = field(default_factory=dict)
+    champion: int | None = None
 
     def __post_init__(self) -> None:
         tenants = {task.id: task.tenant for task in self.tasks.values()}
+        rejected = {f.id for f in self.feedback if f.trust is Trust.REJECTED}
         serve = {
             t.id: t
             for t in [*self.begun, *self.taught, *self.trajectories]
             if t.purpose in TEACHING and tenants.get(t.task_id, t.tenant) == t.tenant
+            if not rejected.intersection(hints_shown(t))
         }
         continued = {t.continues for t in serve.values()}
         begun = {id for id, t in serve.items() if t.stop_reason is StopReason.TOOL_CALLS or id in continued}
@@ -125,25 +131,56 @@ class Snapshot:
         A run that goes on after a client's tool calls comes with the task that its conversation began with.
         """
         for trajectory in self.trajectories:
-            task, outcome = self.tasks.get(trajectory.task_id), self.outcome(trajectory)
-            if task is None or outcome is None or trajectory.stop_reason is not StopReason.ANSWER:
-                continue
-            if outcome.by is OutcomeSource.VERIFIER and judged_blindly(task):
-                continue
-            by_user = outcome.by is OutcomeSource.USER and self._corroborated(trajectory, task)
-            if outcome.success and (outcome.by is OutcomeSource.VERIFIER or by_user):
+            task = self.tasks.get(trajectory.task_id)
+            outcome = self._vouched(trajectory, task) if task is not None else None
+            if task is not None and outcome is not None:
                 yield trajectory, self._first_task(trajectory, task), outcome
 
     def teacher_successes(self) -> Iterator[tuple[Trajectory, Task, Outcome]]:
-        """The teacher's runs that something vouches for: a verifier of answers, users, or the operator's settings."""
+        """The teacher's runs by the same standard: whoever can make the teacher say something could otherwise teach
+        that. Besides, those that the operator's settings trust and no user finds fault with."""
         for trajectory in self.taught:
-            task, outcome = self.tasks.get(trajectory.task_id), self.outcome(trajectory)
-            if task is None or outcome is None or trajectory.stop_reason is not StopReason.ANSWER:
+            task, own = self.tasks.get(trajectory.task_id), trajectory.outcome
+            if task is None:
                 continue
-            if outcome.by is OutcomeSource.VERIFIER and judged_blindly(task):
-                continue
-            if outcome.success and outcome.by is not OutcomeSource.CRITIC:
+            outcome = self._vouched(trajectory, task)
+            if outcome is None and own is not None and own.by is OutcomeSource.TEACHER:
+                outcome = self._full_marks(trajectory)
+            if outcome is not None:
                 yield trajectory, task, outcome
+
+    def sources_of(self, success: Trajectory) -> list[str]:
+        """What an example that teaches this run is made from: the run, the hints that it was shown, and the users'
+        praise where that is what made it a success."""
+        outcome = self.outcome(success)
+        by_users = outcome is not None and outcome.by is OutcomeSource.USER
+        said = self.said_of(success) if by_users else []
+        praise = [f.id for f in said if f.kind is FeedbackKind.SCORE and (score_of(f.value) or 0.0) >= 0.5]
+        return [success.id, *hints_shown(success), *praise]
+
+    def failed(self, trajectory: Trajectory) -> bool:
+        """Whether a run may be put behind a better one: judged, and without full marks. Where users judged, somebody
+        with a name must find fault: a bad mark that nobody signed is an outcome and decides no pair."""
+        outcome = self.outcome(trajectory)
+        if outcome is None or outcome.success or outcome.by is not OutcomeSource.USER:
+            return outcome is not None and not outcome.success
+        said = self.said_of(trajectory)
+        signed = scores_of(trajectory, (f for f in said if f.voice != ANONYMOUS))
+        corrected = any(_other_answer(f.value, trajectory.answer) for f in corrections_of(trajectory, said))
+        return corrected or any(score < FULL_MARKS for score in signed.values())
+
+    def _full_marks(self, trajectory: Trajectory) -> Outcome | None:
+        outcome = self.outcome(trajectory)
+        done = outcome is not None and outcome.success and trajectory.stop_reason is StopReason.ANSWER
+        return outcome if done else None
+
+    def _vouched(self, trajectory: Trajectory, task: Task) -> Outcome | None:
+        """The outcome of a run that may teach: an answer with full marks by whom `own_successes` names."""
+        outcome = self._full_marks(trajectory)
+        if outcome is None or (outcome.by is OutcomeSource.VERIFIER and judged_blindly(task)):
+            return None
+        by_users = outcome.by is OutcomeSource.USER and self._corroborated(trajectory, task)
+        return outcome if by_users or outcome.by is OutcomeSource.VERIFIER else None
 
     def _first_task(self, trajectory: Trajectory, task: Task) -> Task:
         first = trajectory
@@ -169,7 +206,7 @@ class Snapshot:
 
     @cached_property
     def _praise(self) -> dict[AnswerKey, set[str]]:
-        return praise_of(self.trajectories, self.feedback, self.tasks)
+        return praise_of([*self.trajectories, *self.taught], self.feedback, self.tasks)
 
     @cached_property
     def _last_answers(self) -> dict[tuple[str, str, str], str]:

@@ -74,7 +74,7 @@ def _learned(learned: Learned, dropped: dict[str, int]) -> str:
     judged = ", ".join(f"{count} {escape(trust)}" for trust, count in learned.feedback.items()) or "none new"
     told = f"<h2>What it learned from</h2><p>{learned.runs} new runs{since}; feedback judged: {judged}.</p>"
     voices = [(voice.who, voice.examples, voice.corrections) for voice in learned.voices]
-    told += _table("", ("author", "examples", "corrections"), voices)
+    told += _table("", ("from", "examples", "corrections"), voices)
     if learned.elsewhere:
         told += f'<p class="soft">{learned.elsewhere} more examples belong to other tenants.</p>'
     return told + _table("", ("left out because", "examples"), list(dropped.items()))

@@ -18,10 +18,10 @@ from memory.records import ExampleKind, Message
 
 
 class Voice(BaseModel):
-    """Somebody whose words the night learned from."""
+    """Somebody whom the night learned from: by words, or by asking where a verifier judged; or a teacher, or a file."""
 
     who: str
-    """The author; "author N" where the reader may not know names."""
+    """The name; "author N" where the reader may not know names, "anonymous" where there is none."""
     examples: int
     corrections: int
 

@@ -91,9 +91,9 @@ class Forgotten(Record):
 def forget(database: Database, data_dir: Path, *, tenant: str, user: str | None = None, by: str) -> Forgotten:
     """Delete everything of the tenant, or of the user within it; `by`: who asked.
 
-    A user's are the tasks asked in its name, their runs, its feedback, and whatever was made from these. The
-    caller reindexes afterwards. Raises `ConflictError` while a night or a batch of the tenant is going on, and
-    `LedgerError`, upon which the call is to be repeated.
+    A user's (or a key's, `key:ann`) are the tasks asked in its name, their runs, its feedback, and whatever was made
+    from these. The caller reindexes afterwards. Raises `ConflictError` while a night or a batch of the tenant is
+    going on, and `LedgerError`, upon which the call is to be repeated.
     """
     with database.reading() as connection:
         _check_quiet(connection, tenant)

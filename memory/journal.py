@@ -207,6 +207,4 @@ def _row(record: Task | Trajectory, **columns: Any) -> dict[str, Any]:
 def _same_task(stored: str | None, task: Task, body: str) -> bool:
     if stored is None or stored == body:
         return True
-    known = rows.load(Task, stored)
-    asking = ("source", "created_at", "user", "safety_identifier", "metadata")
-    return known == task.model_copy(update={name: getattr(known, name) for name in asking})
+    return rows.load(Task, stored).asks_the_same(task)

@@ -11,7 +11,7 @@ from sqlalchemy import or_, select
 
 from memory import rows
 from memory.database import Database
-from memory.records import Example, Feedback
+from memory.records import Example, Feedback, Purpose, Trajectory
 from memory.schema import examples as examples_table
 from memory.schema import feedback as feedback_table
 from memory.schema import trajectories
@@ -42,6 +42,18 @@ def runs_of_tenant(database: Database, ids: Iterable[str], *, tenant: str) -> se
         for part in rows.chunks(ids):
             query = select(table.c.id).where(table.c.id.in_(part), table.c.tenant == tenant)
             found.update(connection.execute(query).scalars())
+    return found
+
+
+def teachers_of(database: Database, ids: Iterable[str], *, tenant: str) -> dict[str, str]:
+    """Those of the ids that are a teacher's runs for this tenant, with the teacher's name (`teacher:NAME`)."""
+    found: dict[str, str] = {}
+    table = trajectories
+    with database.reading() as connection:
+        for part in rows.chunks(ids):
+            wanted = table.c.id.in_(part), table.c.tenant == tenant, table.c.purpose == Purpose.TEACHER.value
+            taught = rows.read(connection, Trajectory, select(table.c.body).where(*wanted))
+            found.update((run.id, run.model) for run in taught)
     return found
 
 

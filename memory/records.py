@@ -103,9 +103,26 @@ class Task(Record):
     """Who asked, as the client tells its own users apart."""
     safety_identifier: str | None = None
     """The same, in OpenAI's newer field."""
+    caller: str | None = None
+    """The API key that asked, as it signs feedback; None: the operator, or a service without keys."""
     metadata: dict[str, str] = Field(default_factory=dict)
     """What the client attached; never shown to the model."""
     created_at: datetime = Field(default_factory=now)
+
+    @property
+    def asker(self) -> str | None:
+        """Who asked, as feedback is signed: the key, and behind it the user whom the request names."""
+        return "/".join(part for part in (self.caller, self.safety_identifier or self.user) if part) or None
+
+    @property
+    def voice(self) -> str | None:
+        """Whom what rests on the request counts for, as `Feedback.voice`; None where nobody is named."""
+        return None if self.asker is None else voice_of(self.asker)
+
+    def asks_the_same(self, other: Task) -> bool:
+        """Whether both are one task, whoever asked, how and when."""
+        asking = ("source", "created_at", "user", "safety_identifier", "caller", "metadata")
+        return self == other.model_copy(update={name: getattr(self, name) for name in asking})
 
     @property
     def question(self) -> str:
@@ -146,6 +163,10 @@ class OutcomeSource(StrEnum):
     CRITIC = "critic"
 
 
+FULL_MARKS = 0.99
+"""The score of a success: partial credit is a failure to learn from."""
+
+
 class Outcome(Record):
     """How good an answer is: `score` in 0..1, by whom, and how sure (`confidence` in 0..1)."""
 
@@ -156,8 +177,8 @@ class Outcome(Record):
 
     @property
     def success(self) -> bool:
-        """Full marks; partial credit is a failure to learn from."""
-        return self.score >= 0.99
+        """Full marks."""
+        return self.score >= FULL_MARKS
 
 
 class StopReason(StrEnum):
@@ -289,6 +310,12 @@ class Trajectory(Record):
         return self.outcome is not None and self.outcome.success
 
 
+def voice_of(author: str) -> str:
+    """A key speaks with one voice, whatever authors its holder names behind it (`key:NAME/AUTHOR`). Other authors, also
+    those whom a vouching key names (`app:NAME/AUTHOR`), are their own."""
+    return author.split("/", 1)[0] if author.startswith("key:") else author
+
+
 class FeedbackKind(StrEnum):
     """What a user can say about a run."""
 
@@ -327,9 +354,8 @@ class Feedback(Record):
 
     @property
     def voice(self) -> str:
-        """Whom the word counts for: a key speaks with one voice, whatever authors its holder names behind it
-        (`key:NAME/AUTHOR`). Other authors, also those whom a vouching key names (`app:NAME/AUTHOR`), are their own."""
-        return self.author.split("/", 1)[0] if self.author.startswith("key:") else self.author
+        """Whom the word counts for."""
+        return voice_of(self.author)
 
 
 class PrincipleKind(StrEnum):

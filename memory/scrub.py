@@ -23,7 +23,7 @@ from memory.records import Task, content_hash
 MANIFEST = "manifest.json"
 """Marks a folder whose files belong together: a dataset without one of its lines is another dataset."""
 
-SKIPPED = frozenset({"models", "engine-cache", "embedder", "index", "files", "adapters"})
+SKIPPED = frozenset({"models", "engine-cache", "embedder", "index", "files", "adapters", "rehearsal"})
 """Folders of the data folder without anybody's words, or (`files`) with records of their own."""
 
 SUITES = "suites"

@@ -29,7 +29,7 @@ from memory.errors import (
 from memory.records import Task, Trajectory
 from memory.responses import StoredResponse
 from serve.api import openai_types as oai
-from serve.api.auth import Caller
+from serve.api.auth import Caller, key_of
 from serve.api.embeddings import EmbeddingRequest, embed
 from serve.api.errors import BusyError, FieldError, describe, error_body, invalid_body
 from serve.api.feedback import METADATA
@@ -75,7 +75,8 @@ async def chat_line(call: LineCall) -> LineReply:
     given = request.nightschool
     named = given.model_copy(update={"task_id": given.task_id or f"task_{call.key}"})
     request = request.model_copy(update={"nightschool": named})
-    task = oai.task_of(request, call.batch.tenant).model_copy(update={"source": "batch"})
+    task = oai.task_of(request, call.batch.tenant, key_of(call.batch.caller))
+    task = task.model_copy(update={"source": "batch"})
     check_tools(task.tools or [])
     check_verifier(task)
     ran: list[tuple[Task, Trajectory]] = []

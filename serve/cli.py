@@ -163,7 +163,8 @@ def night(
     from serve.commands import follow_night, print_night, print_resumed
     from serve.dry_run import Estimate, print_estimate
 
-    body = {"recipes": recipes.split(",") if recipes else None, "since": since}
+    names = [name for part in recipes.split(",") if (name := part.strip())] if recipes else None
+    body = {"recipes": names, "since": since}
     body = {name: value for name, value in body.items() if value is not None}
     with connect(_settings(context), _say) as client:
         if dry_run:

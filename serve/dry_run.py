@@ -28,11 +28,12 @@ from memory.ledger import Ledger
 from memory.night_records import Night
 from memory.records import Example
 from serve.escalation import recipes_with_teacher
+from serve.stages import stages_of
 from serve.stages.budget import foretold
 from serve.stages.dataset import replayed, trains_on_pairs
 from serve.stages.material import DAYS, load_snapshot, snapshot
 from serve.stages.night_run import NightRun, Output
-from serve.stages.practice import chosen_for
+from serve.stages.practice import COMPLAINTS, PRACTICE, chosen_for, practice_options
 from serve.stages.worth import nothing_new
 from serve.wiring import Services
 
@@ -112,7 +113,8 @@ def estimate(services: Services, options: dict[str, Any]) -> Estimate:
     """What a night with these options would do now. Raises ConfigError for an unknown recipe."""
     drawn: Output = {}
     with TemporaryDirectory() as folder:
-        run = _DryRun(services, Night(options=options), _silent, lambda _: drawn, Path(folder))
+        night = Night(options={**options, **practice_options(services.settings, options)})
+        run = _DryRun(services, night, _silent, lambda _: drawn, Path(folder))
         drawn.update(snapshot(run))
         try:
             snap = load_snapshot(run)
@@ -188,21 +190,21 @@ def _estimated(run: NightRun, drawn: Output, snap: Snapshot) -> Estimate:
         feedback=dict(sorted(Counter(f.trust.value for f in heard).items())),
         examples={**dataset.counts, "replay": len(again), "rehearsal": settings.night.rehearsal},
         dropped=dataset.dropped,
-        practice=_practice(run, material) if settings.night.practice else None,
+        practice=_practice(run, material) if PRACTICE in stages_of(run.night) else None,
         teacher=_teacher(material, dataset) if settings.teacher.model is not None or material.taught else None,
         cost=cost,
     )
 
 
 def _practice(run: NightRun, material: Snapshot) -> PracticeForetold:
-    config = run.services.settings.night
-    chosen = chosen_for(run, material, config.practice)
+    config, options = run.services.settings.night, run.night.options
+    chosen = chosen_for(run, material, options.get(PRACTICE, 0), options.get(COMPLAINTS, 0))
     workloads: Counter[str] = Counter()
     for arm in chosen.arms:
         workloads[arm.workload] += arm.chosen
     tasks = len(chosen.tasks) + len(chosen.hinted) + len(chosen.complained)
     return PracticeForetold(
-        budget=config.practice,
+        budget=options.get(PRACTICE, 0),
         tasks=tasks,
         hinted=len(chosen.hinted),
         complained=len(chosen.complained),

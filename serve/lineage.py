@@ -1,6 +1,7 @@
 """Where a reply came from, and what came of it.
 
-Back: reply -> generation -> night -> its examples -> the runs and words they were made from, parent by parent.
+Back: reply -> generation -> night -> dataset -> its examples -> the runs and words they were made from, parent by
+parent.
 Forth: the examples that were made from a run or a user's word, their nights, and the generations that learned.
 Counts are of whole nights; everything else is of one tenant.
 """
@@ -9,12 +10,14 @@ from __future__ import annotations
 
 from collections import Counter
 from datetime import datetime
+from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel
 from rich.markup import escape
 from rich.tree import Tree
 
+from distill.dataset import MANIFEST
 from memory.ledger import Ledger
 from memory.lineage import examples_naming, feedback_by_id, get_feedback
 from memory.night_records import Generation, GenerationStatus, NightStatus
@@ -43,6 +46,22 @@ class Source(BaseModel):
     feedback: list[Word]
 
 
+class DatasetPart(BaseModel):
+    """A file that a night trained on."""
+
+    name: str
+    rows: int
+    sha256: str
+
+
+class Built(BaseModel):
+    """A night's dataset on disk, of all tenants."""
+
+    manifest: str
+    """Its path under the data folder."""
+    files: list[DatasetPart]
+
+
 class Ancestor(BaseModel):
     """A generation that the reply descends from, and what it learned from."""
 
@@ -53,6 +72,8 @@ class Ancestor(BaseModel):
     night_status: NightStatus | None
     recipes: dict[str, int]
     """Rows that its night trained on, by recipe, of all tenants."""
+    dataset: Built | None = None
+    """None for a generation without a night, and for a night that came to no dataset."""
     examples: list[Source]
     """The first of this tenant's."""
     more: int
@@ -68,6 +89,7 @@ class Taught(BaseModel):
     generation_status: GenerationStatus | None
     descendants: list[int]
     """Generations that were trained on from it."""
+    dataset: Built | None = None
     examples: list[Source]
 
 
@@ -142,16 +164,28 @@ def tree_of(lineage: Lineage) -> Tree:
         if ancestor.night is not None:
             counts = ", ".join(f"{count} {escape(recipe)}" for recipe, count in ancestor.recipes.items())
             night = back.add(f"{ancestor.night} ({ancestor.night_status}): {counts or 'no examples kept'}")
-            _add_examples(night, ancestor.examples)
+            shelf = _add_dataset(night, ancestor.dataset)
+            _add_examples(shelf, ancestor.examples)
             if ancestor.more:
-                night.add(f"and {ancestor.more} more")
+                shelf.add(f"and {ancestor.more} more")
     forth = root.add("it taught" if lineage.taught else "no night has learned from it")
     for taught in lineage.taught:
         made = "no generation" if taught.generation is None else f"generation {taught.generation}"
         standing = f" ({taught.generation_status})" if taught.generation_status else ""
         later = f", and through it {', '.join(map(str, taught.descendants))}" if taught.descendants else ""
-        _add_examples(forth.add(f"{taught.night} ({taught.status}): {made}{standing}{later}"), taught.examples)
+        night = forth.add(f"{taught.night} ({taught.status}): {made}{standing}{later}")
+        _add_examples(_add_dataset(night, taught.dataset), taught.examples)
     return root
+
+
+def _add_dataset(night: Tree, dataset: Built | None) -> Tree:
+    """The dataset's branch, under which its examples go; the night's own where there is none."""
+    if dataset is None:
+        return night
+    branch = night.add(f"dataset {escape(dataset.manifest)}")
+    for file in dataset.files:
+        branch.add(f"{escape(file.name)}  {file.rows} rows, sha256 {file.sha256}")
+    return branch
 
 
 def _add_examples(branch: Tree, examples: list[Source]) -> None:
@@ -207,6 +241,7 @@ def _ancestor(ledger: Ledger, generation: Generation, tenant: str, limit: int) -
         night=night.id if night else None,
         night_status=night.status if night else None,
         recipes=dict(sorted(Counter(e.recipe for e in everything).items())),
+        dataset=_built(ledger, night.id) if night else None,
         examples=_sources(ledger, mine[:limit], tenant),
         more=len(mine[limit:]),
     )
@@ -228,10 +263,21 @@ def _taught(ledger: Ledger, generations: dict[int, Generation], names: list[str]
                 generation=night.candidate,
                 generation_status=made.status if made else None,
                 descendants=later,
+                dataset=_built(ledger, night.id),
                 examples=_sources(ledger, examples, tenant),
             )
         )
     return taught
+
+
+def _built(ledger: Ledger, night_id: str) -> Built | None:
+    stage = ledger.stage(night_id, "dataset")
+    if stage is None or "files" not in stage.output:
+        return None
+    # The data folder may have moved since, and where it lies is the operator's affair.
+    inside = Path(*Path(stage.output["folder"]).parts[-3:])
+    parts = [DatasetPart(name=name, **file) for name, file in sorted(stage.output["files"].items())]
+    return Built(manifest=str(inside / MANIFEST), files=parts)
 
 
 def _sources(ledger: Ledger, examples: list[Example], tenant: str) -> list[Source]:

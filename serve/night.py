@@ -21,7 +21,7 @@ from serve import durable
 from serve.events import emitter
 from serve.stages import STAGES, stages_of
 from serve.stages.night_run import CancelledNightError, NightRun, Output, OverBudgetError
-from serve.stages.practice import PRACTICE
+from serve.stages.practice import practice_options
 from serve.wiring import Services
 
 log = logging.getLogger(__name__)
@@ -37,9 +37,7 @@ class NightSchool:
 
     def start(self, options: dict[str, Any]) -> Night:
         """Begin a night; ConflictError while another one runs."""
-        tasks = self._services.settings.night.practice
-        practises = {PRACTICE: tasks} if tasks and "training_file" not in options else {}
-        night = Night(options={**options, **practises})
+        night = Night(options={**options, **practice_options(self._services.settings, options)})
         self._services.ledger.add_night(night)
         _go(night)
         return night

@@ -20,15 +20,14 @@ from evals.night_report import (
     Sample,
     TeacherHelp,
     Training,
-    Voice,
 )
 from evals.page import write_page
 from evals.report import Gain, Measured, Row, build_report, build_row
 from memory import escalations
 from memory.ledger import Ledger
-from memory.lineage import feedback_by_id
 from memory.night_records import Evaluation, Generation, Night, NightStatus
-from memory.records import Example, Feedback, FeedbackKind, Purpose
+from memory.records import Example, Purpose
+from serve.voices import voices
 
 SAMPLES = 3
 """Examples shown of each recipe."""
@@ -63,7 +62,7 @@ def night_report(ledger: Ledger, night: Night, model: str, *, tenant: str | None
         since=datetime.fromisoformat(since) if since else None,
         runs=drawn.get("runs", 0),
         feedback=outputs.get("credit", {}).get("trust", {}),
-        voices=_voices(ledger, mine, named=tenant is None),
+        voices=voices(ledger, mine, named=tenant is None),
         elsewhere=len(examples) - len(mine),
     )
     judged = gate.reasons if gate else []
@@ -162,28 +161,6 @@ def _measuring_night(generation: Generation, found: Sequence[Evaluation], began:
         return generation.night_id
     nights = sorted({e.night_id for e in found if e.night_id is not None}, key=lambda id: began[id])
     return nights[0] if nights else None
-
-
-def _voices(ledger: Ledger, examples: Sequence[Example], *, named: bool) -> list[Voice]:
-    """The authors behind the examples, those with the most first."""
-    words: dict[str, Feedback] = {}
-    for tenant in sorted({e.tenant for e in examples}):
-        ids = {id for e in examples if e.tenant == tenant for id in e.sources}
-        words |= feedback_by_id(ledger.database, ids, tenant=tenant)
-    tenants = {said.tenant for said in words.values()}
-    behind: dict[tuple[str, str], list[int]] = {}
-    for example in examples:
-        said = [words[id] for id in example.sources if id in words]
-        for author in {(word.tenant, word.author) for word in said}:
-            behind.setdefault(author, [0, 0])[0] += 1
-    for word in words.values():
-        behind[word.tenant, word.author][1] += word.kind is FeedbackKind.CORRECTION
-    ordered = sorted(behind.items(), key=lambda item: (-item[1][0], item[0]))
-    voices: list[Voice] = []
-    for number, ((tenant, author), (count, corrections)) in enumerate(ordered, 1):
-        who = f"{author} of {tenant}" if len(tenants) > 1 else author
-        voices.append(Voice(who=who if named else f"author {number}", examples=count, corrections=corrections))
-    return voices
 
 
 def _recipes(examples: Sequence[Example], shown: Sequence[Example]) -> list[Recipe]:

@@ -16,6 +16,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from agent.llm import LLMConfig
 from agent.state import AgentConfig
 from distill.dataset import DatasetConfig
+from distill.rehearsal import PROMPTS
 from distill.train.config import TrainConfig
 from evals.gate import GateConfig
 from evals.live import WatchConfig
@@ -75,6 +76,7 @@ class NightConfig(BaseModel):
     rehearsal: int = Field(
         default=32,
         ge=0,
+        le=len(PROMPTS),
         description="general prompts whose answers by the base model are trained on, against forgetting",
     )
     principles: int = Field(default=8, ge=0, description="principles distilled in one night at most")

@@ -20,6 +20,7 @@ from typing import Any
 from agent.engine_client import EngineClient
 from agent.llm import ChatModel
 from agent.state import AgentDeps
+from distill.recipes import load as load_recipes
 from memory import forget
 from memory.embed import load_embedder
 from memory.errors import ConfigError, ConflictError, LedgerError, boundary
@@ -71,14 +72,15 @@ def keep_task(ledger: Ledger, task: Task) -> None:
     try:
         ledger.add_task(task)
     except ConflictError:
-        known = ledger.get_task(task.id)
-        if known != task.model_copy(update={"source": known.source, "created_at": known.created_at}):
+        if not ledger.get_task(task.id).asks_the_same(task):
             raise
 
 
 @asynccontextmanager
 async def build(settings: Settings, on_event: Callable[[str], None] = lambda _: None) -> AsyncIterator[Services]:
-    """Everything, started: the engine is still loading when this yields (`engine.wait_ready`)."""
+    """Everything, started: the engine is still loading when this yields (`engine.wait_ready`). ConfigError for a recipe
+    of the settings that there is not: a night would find out hours later."""
+    load_recipes(settings.night.recipes)
     async with AsyncExitStack() as stack:
         ledger = open_ledger(settings)
         stack.callback(ledger.close)

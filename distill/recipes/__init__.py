@@ -20,6 +20,7 @@ from distill.recipes.preference import preference
 from distill.recipes.revise import revise
 from distill.recipes.successes import successes
 from distill.recipes.teacher import teacher
+from distill.recipes.weighted_successes import weighted_successes
 from distill.snapshot import Snapshot
 from memory.errors import ConfigError, boundary
 from memory.records import Example
@@ -39,6 +40,7 @@ RECIPES: dict[str, Recipe] = {
     "dissatisfaction": dissatisfaction,
     "preference": preference,
     "teacher": teacher,
+    "weighted_successes": weighted_successes,
 }
 """The built-in recipes by name; a night runs those that `night.recipes` names, in that order."""
 

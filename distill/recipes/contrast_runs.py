@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 
-from distill.partings import Parting, Question, partings
+from distill.partings import Parting, Question, partings, scores
 from distill.runs import rendered_tools
 from distill.snapshot import Snapshot
 from distill.sweet_spot import sweet_spot
@@ -23,20 +23,16 @@ LONGER = 10
 
 def contrast_runs(snapshot: Snapshot) -> Iterator[Example]:
     """At most one pair for each question; none where neither run goes on after the step at which they part."""
-    scores: defaultdict[Question, list[float]] = defaultdict(list)
-    for trajectory in snapshot.trajectories:
-        task, outcome = snapshot.tasks.get(trajectory.task_id), snapshot.outcome(trajectory)
-        if task is not None and outcome is not None:
-            scores[task.tenant, task.fingerprint].append(outcome.score)
     failed: defaultdict[Question, dict[str, tuple[float, Parting]]] = defaultdict(dict)
     for parting in partings(snapshot):
         outcome = snapshot.outcome(parting.worse)
         assert outcome is not None
         question = (parting.task.tenant, parting.task.fingerprint)
         failed[question][parting.worse.id] = (outcome.score, parting)
+    every = scores(snapshot)
     for question in sorted(failed):
         found = failed[question]
-        _, parting = found[sweet_spot(scores[question], [(score, id) for id, (score, _) in found.items()])]
+        _, parting = found[sweet_spot(every[question], [(score, id) for id, (score, _) in found.items()])]
         chosen = parting.better.run[parting.step :]
         rejected = _rest(parting.attempt[parting.step :], len(chosen) + LONGER)
         if len(chosen) + len(rejected) > 2:

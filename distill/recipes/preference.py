@@ -32,7 +32,7 @@ def preference(snapshot: Snapshot) -> Iterator[Example]:
         run = run_of(better, task)
         if run is None:
             continue
-        sources = [better_id, *words[better_id, worse_id]]
+        sources = [*snapshot.sources_of(better), *words[better_id, worse_id]]
         parting = parting_of(worse, task, Better(worse_id, run, rendered_tools(better), sources))
         if parting is not None:
             yield parting.pair("preference")

@@ -11,8 +11,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 
 from distill.runs import actions_of, by_usefulness, rendered_tools, run_of, task_messages
-from distill.snapshot import Snapshot, score_of
-from memory.records import Example, ExampleKind, FeedbackKind, OutcomeSource, Trajectory
+from distill.snapshot import Snapshot
+from memory.records import Example, ExampleKind, Trajectory
 
 PER_TASK = 4
 """Distinct successes kept for one question."""
@@ -26,14 +26,10 @@ def successes(snapshot: Snapshot) -> Iterator[Example]:
 def distinct_successes(snapshot: Snapshot, wanted: Callable[[Trajectory], bool]) -> Iterator[Example]:
     """The same over those runs that are `wanted`."""
     found: defaultdict[tuple[str, str], list[tuple[tuple[object, ...], Example]]] = defaultdict(list)
-    for trajectory, task, outcome in snapshot.own_successes():
+    for trajectory, task, _ in snapshot.own_successes():
         run = run_of(trajectory, task)
         if run is None or not wanted(trajectory):
             continue
-        sources = [trajectory.id]
-        if outcome.by is OutcomeSource.USER:
-            said = snapshot.said_of(trajectory)
-            sources += [f.id for f in said if f.kind is FeedbackKind.SCORE and (score_of(f.value) or 0.0) >= 0.5]
         example = Example(
             recipe="successes",
             kind=ExampleKind.SFT,
@@ -42,7 +38,7 @@ def distinct_successes(snapshot: Snapshot, wanted: Callable[[Trajectory], bool])
             task_id=task.id,
             tools=rendered_tools(trajectory),
             messages=task_messages(task) + run,
-            sources=sources,
+            sources=snapshot.sources_of(trajectory),
         )
         order = (by_usefulness(run, trajectory.tools), actions_of(run), trajectory.id)
         found[task.tenant, task.fingerprint].append((order, example))

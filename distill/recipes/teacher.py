@@ -30,7 +30,7 @@ def teacher(snapshot: Snapshot) -> Iterator[Example]:
             task_id=task.id,
             tools=rendered_tools(trajectory),
             messages=task_messages(task) + run,
-            sources=[trajectory.id],
+            sources=snapshot.sources_of(trajectory),
         )
         found[question].append(((by_usefulness(run, trajectory.tools), actions_of(run), trajectory.id), example))
     for question in sorted(found):

@@ -50,9 +50,10 @@ class Served(BaseModel):
 def served_turns(
     trajectories: Iterable[Trajectory], may_enter: Callable[[Trajectory], bool] = lambda _: True, most: int = CHECKED
 ) -> list[Served]:
-    """The newest runs' last turns, by id; those without token ids (other providers') are left out."""
+    """The newest runs' last turns, oldest first; those without token ids (other providers') are left out."""
     found: list[Served] = []
-    for trajectory in sorted(trajectories, key=lambda t: t.id, reverse=True):
+    # By time: the ids of requests with a key, batches and practice are hashes, which sort above all others.
+    for trajectory in sorted(trajectories, key=lambda t: (t.started_at, t.id), reverse=True):
         step = trajectory.steps[-1] if trajectory.steps else None
         if step is None or not step.prompt_token_ids or not may_enter(trajectory):
             continue

@@ -16,7 +16,7 @@ from memory.errors import NightschoolError
 from memory.keys import ApiKey, Scope, hash_of
 from memory.records import DEFAULT_TENANT, now
 
-__all__ = ["ANYBODY", "OPERATOR", "Caller", "Keyring", "Scope", "caller_of", "requires", "signature"]
+__all__ = ["ANYBODY", "OPERATOR", "Caller", "Keyring", "Scope", "caller_of", "key_of", "requires", "signature"]
 
 CACHE_S = 5.0
 """A key that is revoked behind the service's back (`nightschool keys revoke`) works this much longer at most."""
@@ -83,6 +83,11 @@ def signature(caller: Caller, claimed: str | None) -> str:
     if caller is ANYBODY or caller.operator:
         return claimed or caller.name
     return f"{caller.name}/{claimed}" if claimed else caller.name
+
+
+def key_of(name: str) -> str | None:
+    """The key that signs with this name; None for the operator and where there are no keys."""
+    return None if name in (OPERATOR, ANONYMOUS) else name
 
 
 class Keyring:

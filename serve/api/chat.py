@@ -28,7 +28,7 @@ from memory.errors import NightschoolError
 from memory.records import Trajectory
 from serve import promotion
 from serve.api import openai_types as oai
-from serve.api.auth import Scope, caller_of, requires
+from serve.api.auth import Scope, caller_of, key_of, requires
 from serve.api.errors import describe, error_body
 from serve.api.feedback import said_in_metadata
 from serve.api.runs import (
@@ -60,14 +60,14 @@ async def chat_completions(
 ) -> Any:
     services: Services = request.app.state.services
     turnstile: Turnstile = request.app.state.turnstile
-    tenant = caller_of(request).tenant
-    task = oai.task_of(body, tenant)
+    caller = caller_of(request)
+    task = oai.task_of(body, caller.tenant, key_of(caller.name))
     check_tools(task.tools or [])
     check_verifier(task)
     promotion.resolve(services.ledger, body.model)
     if body.metadata:
-        await asyncio.to_thread(said_in_metadata, services.ledger, body.metadata, caller_of(request))
-    run_id = trajectory_id(idempotency_key, tenant)
+        await asyncio.to_thread(said_in_metadata, services.ledger, body.metadata, caller)
+    run_id = trajectory_id(idempotency_key, caller.tenant)
     stored = stored_run(services, run_id, task) if idempotency_key else None
     resumable = idempotency_key is not None
     run = (services, turnstile, task, body, run_id, resumable)

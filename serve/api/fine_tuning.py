@@ -9,6 +9,7 @@ from typing import Any, Literal
 from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from distill.recipes import load
 from distill.uploads import Method
 from memory import files
 from memory.errors import ConfigError, NotEnoughExperienceError
@@ -198,8 +199,10 @@ def _parts(request: Request) -> tuple[Services, NightSchool]:
 
 
 def _options(services: Services, caller: Caller, body: JobRequest) -> dict[str, Any]:
-    """A night's options; reads an uploaded file to its end, so that a bad line is known before there is a job."""
+    """A night's options; reads an uploaded file to its end and loads the recipes, so that a bad line or an unknown name
+    is known before there is a job."""
     options: dict[str, Any] = dict(body.training)
+    load(body.recipes or [])
     for name in ("recipes", "seed", "metadata"):
         if (value := getattr(body, name)) is not None:
             options[name] = value

@@ -214,8 +214,8 @@ def extension_in(given: Extension, metadata: dict[str, str] | None) -> Extension
         raise ConfigError(f"metadata.nightschool.{where}: {first['msg']}") from exc
 
 
-def task_of(request: ChatCompletionRequest, tenant: str) -> Task:
-    """The request as a task. ConfigError for a metadata key of ours that cannot be read."""
+def task_of(request: ChatCompletionRequest, tenant: str, caller: str | None) -> Task:
+    """The request as a task of the key that signs it. ConfigError for a metadata key of ours that cannot be read."""
     extension = extension_in(request.nightschool, request.metadata)
     # Beside tools of the client's, and where the answer has a form of its own, ours are off unless they are named.
     none_of_ours = request.tools or engine_format(request.response_format)
@@ -231,6 +231,7 @@ def task_of(request: ChatCompletionRequest, tenant: str) -> Task:
         source="chat",
         user=request.user,
         safety_identifier=request.safety_identifier,
+        caller=caller,
         metadata=request.metadata or {},
     )
 

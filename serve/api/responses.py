@@ -22,7 +22,7 @@ from memory.responses import StoredResponse, add_response, delete_response, get_
 from serve import promotion
 from serve.api import openai_types as oai
 from serve.api import response_types as shapes
-from serve.api.auth import Caller, Scope, caller_of, requires
+from serve.api.auth import Caller, Scope, caller_of, key_of, requires
 from serve.api.errors import FieldError, describe
 from serve.api.feedback import said_in_metadata
 from serve.api.response_types import Item, ResponseRequest
@@ -52,6 +52,7 @@ class _Asked:
     body: ResponseRequest
     chat: oai.ChatCompletionRequest
     tenant: str
+    key: str | None
     items: list[Item]
     conversation: str
     run_id: str
@@ -68,7 +69,7 @@ async def create_response(
     """Answer, with or without events. Errors that come at once are HTTP's, later ones of a stream are events."""
     services: Services = request.app.state.services
     asked = await asyncio.to_thread(_asked, services, body, caller_of(request), idempotency_key)
-    task = oai.task_of(asked.chat, asked.tenant)
+    task = oai.task_of(asked.chat, asked.tenant, asked.key)
     check_tools(task.tools or [])
     check_verifier(task)
     known = stored_run(services, asked.run_id, task) if idempotency_key else None
@@ -99,7 +100,7 @@ def _asked(services: Services, body: ResponseRequest, caller: Caller, key: str |
     shapes.check_calls(items)
     chat = shapes.chat_request(body, items)
     said_in_metadata(services.ledger, body.metadata, caller)
-    return _Asked(body, chat, tenant, shapes.with_ids(items), conversation, run_id, response)
+    return _Asked(body, chat, tenant, key_of(caller.name), shapes.with_ids(items), conversation, run_id, response)
 
 
 async def line_reply(
@@ -110,7 +111,7 @@ async def line_reply(
     `key` names task, run and reply: they are the same at every attempt.
     """
     asked = await asyncio.to_thread(_asked, services, body, caller, key)
-    task = oai.task_of(asked.chat, asked.tenant)
+    task = oai.task_of(asked.chat, asked.tenant, asked.key)
     own_id = {"id": f"task_{key}"} if asked.chat.nightschool.task_id is None else {}
     task = task.model_copy(update={"source": "batch", **own_id})
     check_tools(task.tools or [])

@@ -60,6 +60,7 @@ ARMS = (
     Arm("full", bare_too=True),
     Arm("without successes", {"NIGHT__RECIPES": '["corrections"]'}),
     Arm("without corrections", {"NIGHT__RECIPES": '["successes"]'}),
+    Arm("with weighted_successes", {"NIGHT__RECIPES": '["weighted_successes", "corrections"]'}),
     Arm("with intervene", {"NIGHT__RECIPES": '["successes", "corrections", "intervene"]'}),
     Arm("with revise", {"NIGHT__RECIPES": '["successes", "corrections", "revise"]'}),
     Arm("with contrast (DPO after SFT)", {"TRAIN__DPO_EPOCHS": "2"}),

@@ -13,7 +13,7 @@ from serve.stages.dataset import make_dataset
 from serve.stages.evaluation import judge, measure
 from serve.stages.material import judge_feedback, remember, snapshot
 from serve.stages.night_run import NightRun, Output
-from serve.stages.practice import PRACTICE, practise
+from serve.stages.practice import COMPLAINTS, PRACTICE, practise
 from serve.stages.publication import publish, report
 from serve.stages.training import train
 
@@ -35,4 +35,5 @@ STAGES: dict[str, Callable[[NightRun], Output]] = {
 def stages_of(night: Night) -> list[str]:
     """The stages of one night. Its options say whether it practises, so a night that was begun by an older version
     keeps its steps: DBOS tells them by their number when it goes on after a crash."""
-    return [name for name in STAGES if name != PRACTICE or night.options.get(PRACTICE)]
+    practises = any(night.options.get(name) for name in (PRACTICE, COMPLAINTS))
+    return [name for name in STAGES if name != PRACTICE or practises]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from agent.llm import ChatRequest
@@ -17,14 +18,18 @@ from distill.uploads import read_upload
 from memory import files
 from memory.errors import LedgerError, NotEnoughExperienceError, boundary
 from memory.night_records import NightStatus
-from memory.records import Example, ExampleKind, Message, Task, Trust
+from memory.records import Example, ExampleKind, Message, Task, Trust, content_hash
 from serve import promotion
 from serve.escalation import recipes_with_teacher
 from serve.stages.material import load_snapshot
 from serve.stages.night_run import NightRun, Output, starts_from
+from serve.stages.practice import PRACTICE
 from serve.stages.training import train_config
 from serve.stages.worth import nothing_new
 from serve.wiring import Services, keep_task
+
+REHEARSED = {"temperature": 0.0, "max_tokens": 96}
+"""How the base model is asked."""
 
 
 def make_dataset(run: NightRun) -> Output:
@@ -42,7 +47,7 @@ def make_dataset(run: NightRun) -> Output:
             if reason := nothing_new(run, snap):
                 raise NotEnoughExperienceError(reason)
         again = replayed(run, snap, dataset.examples)
-        general = run.wait(rehearse(_base_answer(services), settings.night.rehearsal))
+        general = run.wait(rehearse(_base_answer(services), settings.night.rehearsal, _kept_answers(services)))
         general = [e for e in general if snap.held_out_reason(Task(messages=e.messages[:1])) is None]
         dataset = replace(
             dataset,
@@ -50,6 +55,7 @@ def make_dataset(run: NightRun) -> Output:
             counts={**dataset.counts, "replay": len(again), RECIPE: len(general)},
             champion=run.done("snapshot")["champion"],
             memory_watermark=memory,
+            upto=_line(run),
         )
         services.ledger.set_examples(run.night.id, dataset.examples)
         manifest = write(dataset, folder)
@@ -92,10 +98,29 @@ def _base_answer(services: Services) -> Answer:
 
     async def answer(messages: list[Message]) -> str | None:
         base = services.ledger.generation(0).served_name
-        reply = await services.llm.complete(ChatRequest(base, messages, {"temperature": 0.0, "max_tokens": 96}))
+        reply = await services.llm.complete(ChatRequest(base, messages, dict(REHEARSED)))
         return reply.text if reply.finish_reason == "stop" else None
 
     return answer
+
+
+def _kept_answers(services: Services) -> Path:
+    """The file of what this base model said, asked so: with another model, or other weights under its name, it is
+    another file."""
+    files = sorted(
+        path
+        for pattern in ("*.safetensors", "*.jinja", "config.json", "tokenizer*.json")
+        for path in services.base_model.glob(pattern)
+    )
+    weights = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+    name = content_hash([services.settings.model, weights, REHEARSED])[:32]
+    return services.settings.data_dir / RECIPE / f"{name}.json"
+
+
+def _line(run: NightRun) -> dict[str, int]:
+    """What was drawn, and where the night's practice came to its end."""
+    practised = run.services.ledger.stage(run.night.id, PRACTICE)
+    return run.done("snapshot")["upto"] | ({PRACTICE: practised.output["upto"]} if practised else {})
 
 
 def replayed(run: NightRun, snap: Snapshot, new: Sequence[Example]) -> list[Example]:

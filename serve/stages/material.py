@@ -128,6 +128,7 @@ def load_snapshot(run: NightRun) -> Snapshot:
         held_out_tasks=held_out,
         seed=run.services.settings.dataset.seed,
         praised=praise_of(before, heard, ledger.tasks(t.task_id for t in before)),
+        champion=drawn["champion"],
     )
 
 

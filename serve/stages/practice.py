@@ -12,6 +12,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
+from typing import Any
 
 from agent.run import run_task
 from agent.state import AgentDeps
@@ -24,13 +25,20 @@ from memory.errors import NotEnoughExperienceError, NotFoundError
 from memory.night_records import Generation
 from memory.records import Feedback, Purpose, StopReason, Task, Trajectory
 from serve import counters, promotion
+from serve.settings import Settings
 from serve.stages.material import DAYS, load_snapshot, on_trial
 from serve.stages.night_run import NightRun, Output
-from serve.stages.training import train_config
+from serve.stages.training import config_of
 from serve.wiring import Services
 
 PRACTICE = "practice"
 """The stage, and the option of a night that practises: how many tasks."""
+
+COMPLAINTS = "complaints"
+"""The option of a night without a budget for practice that makes pairs of complaints: how many it tries again."""
+
+FEW_COMPLAINTS = 8
+"""How many that are."""
 
 RECENT = 5000
 """Newest runs that are looked at, of the days and of earlier practice each."""
@@ -50,15 +58,24 @@ class Chosen:
     hints: dict[Question, list[Feedback]]
 
 
+def practice_options(settings: Settings, options: dict[str, Any]) -> dict[str, int]:
+    """What a night that begins with `options` practises, to be kept among them: settings may change while it runs."""
+    if "training_file" in options:
+        return {}
+    if settings.night.practice:
+        return {PRACTICE: settings.night.practice}
+    return {COMPLAINTS: FEW_COMPLAINTS} if _wants_fresh_samples(settings, options) else {}
+
+
 def practise(run: NightRun) -> Output:
     """Choose by the bandit, try each task several times at a temperature, and say why these.
 
     NotEnoughExperienceError while a canary is on trial: nothing would be trained on the tries.
     """
-    services, ledger = run.services, run.services.ledger
+    services, ledger, options = run.services, run.services.ledger, run.night.options
     if reason := on_trial(run):
         raise NotEnoughExperienceError(reason)
-    chosen = chosen_for(run, load_snapshot(run), run.night.options[PRACTICE])
+    chosen = chosen_for(run, load_snapshot(run), options.get(PRACTICE, 0), options.get(COMPLAINTS, 0))
     told = ", ".join(f"{arm.chosen} of {arm.workload}" for arm in chosen.arms if arm.chosen)
     arms = [arm.model_dump() for arm in chosen.arms]
     run.emit(PRACTICE, f"{len(chosen.tasks)} tasks to practise: {told or 'there is none'}", arms=arms)
@@ -79,21 +96,24 @@ def practise(run: NightRun) -> Output:
     }
 
 
-def chosen_for(run: NightRun, material: Snapshot, budget: int) -> Chosen:
-    """At most `budget` tasks by the bandit, and as many again for hints and complaints, in turn."""
+def chosen_for(run: NightRun, material: Snapshot, budget: int, complaints_alone: int = 0) -> Chosen:
+    """At most `budget` tasks by the bandit, and as many again for hints and complaints, in turn. Without a budget,
+    `complaints_alone` tasks for complaints."""
     ledger, settings = run.services.ledger, run.services.settings
     upto = run.done("snapshot")["upto"]["trajectory"]
     lived = ledger.trajectories(purpose=(*DAYS, Purpose.PRACTICE), upto_seq=upto, limit=RECENT, newest_first=True)
     tasks = ledger.tasks(t.task_id for t in lived)
     samples, seed = settings.night.practice_samples, settings.dataset.seed
     plan = plan_of(lived[::-1], tasks, material, budget=budget, samples=samples, seed=seed)
-    hints = hints_of(material)
-    complaints = unanswered(material) - set(hints) if _wants_fresh_samples(run) else set[Question]()
+    hints = hints_of(material) if budget else {}
+    wanted = _wants_fresh_samples(settings, run.night.options)
+    complaints = unanswered(material) - set(hints) if wanted else set[Question]()
     hinted, complained = (
         [task for task in _to_try(material, questions) if task.id not in plan.task_ids]
         for questions in (set(hints), complaints)
     )
-    in_turn = [task.id for turn in zip_longest(hinted, complained) for task in turn if task is not None][:budget]
+    in_turn = [task.id for turn in zip_longest(hinted, complained) for task in turn if task is not None]
+    in_turn = in_turn[: budget or complaints_alone]
     return Chosen(
         tasks=[tasks[id] for id in plan.task_ids],
         arms=plan.arms,
@@ -103,10 +123,10 @@ def chosen_for(run: NightRun, material: Snapshot, budget: int) -> Chosen:
     )
 
 
-def _wants_fresh_samples(run: NightRun) -> bool:
-    """Whether tonight makes pairs of complaints."""
-    recipes = run.night.options.get("recipes") or run.services.settings.night.recipes
-    return "dissatisfaction" in recipes and train_config(run).dpo_epochs > 0
+def _wants_fresh_samples(settings: Settings, options: dict[str, Any]) -> bool:
+    """Whether a night with these options makes pairs of complaints."""
+    recipes = options.get("recipes") or settings.night.recipes
+    return "dissatisfaction" in recipes and config_of(settings.train, options).dpo_epochs > 0
 
 
 def plan_of(

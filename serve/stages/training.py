@@ -64,8 +64,12 @@ def train(run: NightRun) -> Output:
 
 
 def train_config(run: NightRun) -> TrainConfig:
+    """`config_of` for this night."""
+    return config_of(run.services.settings.train, run.night.options)
+
+
+def config_of(config: TrainConfig, options: dict[str, Any]) -> TrainConfig:
     """The settings' configuration with a job's method and hyperparameters in it."""
-    config, options = run.services.settings.train, run.night.options
     given: dict[str, Any] = options.get("hyperparameters", {})
     dpo = options.get("method") == "dpo"
     changed: dict[str, Any] = {"seed": options["seed"]} if "seed" in options else {}

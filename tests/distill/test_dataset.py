@@ -169,6 +169,24 @@ def test_a_named_users_own_references_are_capped_like_an_authors_words():
     assert users == {"ann": 12, "bob": 10}
 
 
+@pytest.mark.parametrize(
+    ("callers", "kept"),
+    [
+        pytest.param(["key:bulk"], 12, id="a key is one voice, without users"),
+        pytest.param(["key:bulk", "user"], 12, id="and with users, whom it may make up"),
+        pytest.param(["app:shop", "user"], 30, id="a vouching key's users are their own"),
+        pytest.param(["app:shop"], 12, id="a vouching key that names nobody"),
+        pytest.param([None], 30, id="the operator, or a service without keys"),
+    ],
+)
+def test_a_keys_own_references_are_capped_as_one_voice(callers: list[str | None], kept: int):
+    named = "user" in callers
+    tasks = [task(n, caller=callers[0], user=f"user {n}" if named else None) for n in range(30)]
+    material = snapshot(*[(t, trajectory(t, solve(n))) for n, t in enumerate(tasks)])
+    data = made_of(material, ["successes"], max_per_author=12, max_per_cluster=1000)
+    assert data.counts == {"successes": kept}
+
+
 def test_a_thousand_corrections_of_one_author_do_not_drown_the_others():
     poison, honest = corrected(range(1000), "eve"), corrected(range(2000, 2020), "ann")
     material = Snapshot(

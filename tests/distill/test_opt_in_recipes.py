@@ -7,7 +7,7 @@ import pytest
 from distill.dataset import DatasetConfig, build
 from distill.recipes import RECIPES
 from distill.recipes.contrast_runs import contrast_runs
-from distill.recipes.dissatisfaction import dissatisfaction
+from distill.recipes.dissatisfaction import dissatisfaction, unanswered
 from distill.recipes.internalise import internalise
 from distill.recipes.intervene import intervene
 from distill.recipes.preference import preference
@@ -218,6 +218,18 @@ def test_what_a_user_complained_about_is_rejected_for_a_later_success_of_the_new
     assert pair.sources == sorted([bad.id, newer.id, down.id])
 
 
+@pytest.mark.parametrize(("champion", "chosen_from"), [(None, "traj_newer"), (0, "traj_older"), (2, None)])
+def test_the_chosen_side_is_a_sample_of_the_model_that_the_night_goes_on_from(champion, chosen_from):
+    bad = trajectory(ONE, WRONG, None, id="traj_bad")
+    older = trajectory(ONE, [call("2 * 1"), result("2"), say("2")], id="traj_older", started_at=at(5))
+    newer = trajectory(ONE, solve(1), id="traj_newer", started_at=at(9), generation=1)
+    runs = [(ONE, run) for run in (bad, older, newer)]
+    material = snapshot(*runs, said=[scored(bad, 0.0)], champion=champion)
+    pairs = list(dissatisfaction(material))
+    assert [chosen_from in pair.sources for pair in pairs] == ([True] if chosen_from else [])
+    assert bool(unanswered(material)) is (chosen_from is None)
+
+
 def test_a_correction_is_a_complaint_too():
     bad = trajectory(ONE, WRONG, None, id="traj_bad")
     good = trajectory(ONE, solve(1), id="traj_good", started_at=at(5))
@@ -240,6 +252,20 @@ def test_without_a_complaint_and_a_fresh_success_there_is_no_pair(score, came, w
     good = trajectory(ONE, solve(1), id="traj_good", started_at=at(came))
     said = [scored(bad, value) for value in words]
     assert not list(dissatisfaction(snapshot((ONE, bad), (ONE, good), said=said)))
+
+
+@pytest.mark.parametrize(("author", "pairs"), [("anonymous", 0), ("ann", 1)])
+@pytest.mark.parametrize("name", ["contrast", "contrast_runs", "dissatisfaction", "intervene", "revise"])
+def test_a_bad_mark_that_nobody_signed_puts_no_run_behind_another(name: str, author: str, pairs: int):
+    bad = trajectory(ONE, WRONG, None, id="traj_bad")
+    good = trajectory(ONE, solve(1), id="traj_good", started_at=at(5))
+    down = scored(bad, 0.0, author)
+    assert len(list(RECIPES[name](snapshot((ONE, bad), (ONE, good), said=[down])))) == pairs
+
+
+def test_a_trusted_correction_that_nobody_signed_says_what_was_wrong_all_the_same():
+    bad = trajectory(ONE, WRONG, None, id="traj_bad")
+    assert list(RECIPES["contrast"](snapshot((ONE, bad), said=[correction(bad, solve(1), "anonymous")])))
 
 
 @pytest.mark.parametrize(("successes", "rejected"), [(2, 0.0), (12, 0.4)])

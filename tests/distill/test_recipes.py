@@ -151,6 +151,17 @@ def test_each_failed_run_is_paired_with_its_own_correction():
     assert [pair.chosen for pair in pairs] == [fix[:1] for fix in fixes]
 
 
+def test_of_several_failures_at_one_step_the_one_near_two_sigmas_below_the_mean_is_rejected():
+    scores = {"worst": 0.0, "sweet": 0.4, "nearly": 0.6}
+    failed = [trajectory(ONE, [say(name)], score, id=f"traj_{name}") for name, score in scores.items()]
+    elsewhere = trajectory(ONE, [call("1  + 1", "k"), result("2", "k"), say("11")], 0.0, id="traj_elsewhere")
+    good = [trajectory(ONE, solve(1), id=f"traj_good{n}") for n in range(24)]
+    pairs = list(contrast(snapshot(*[(ONE, run) for run in [*failed, elsewhere, *good]])))
+    rejected = {pair.rejected[0]["content"]: pair for pair in pairs if pair.rejected}
+    assert set(rejected) == {"sweet", "11"}, "another step is another lesson"
+    assert rejected["sweet"].chosen == solve(1)[:1]
+
+
 @pytest.mark.parametrize(
     "attempt",
     [

@@ -13,7 +13,7 @@ from distill.train.job import load_data
 from distill.train.served import FILE, check_served, served_turns
 from memory.errors import TrainingError
 from memory.records import Step
-from tests.distill.samples import call, result, say, solve, task, trajectory
+from tests.distill.samples import at, call, result, say, solve, task, trajectory
 from tests.distill.train_fixtures import CHATML, make_tokenizer, sums, write_dataset
 
 OTHER = "<|endoftext|>" + CHATML
@@ -74,3 +74,10 @@ def test_only_the_newest_runs_that_an_engine_gave_tokens_for_are_compared():
     runs = [trajectory(task(n), [say("2")], steps=[step]) for n in range(9)]
     bare = trajectory(task(20), [call("1"), result("1"), say("1")], steps=[Step(message=2)])
     assert [s.trajectory for s in served_turns([bare, *runs], most=2)] == ["traj_task_0007", "traj_task_0008"]
+
+
+def test_the_newest_runs_are_so_by_their_time_and_not_by_ids_that_are_hashes():
+    step = Step(message=2, prompt_token_ids=[1])
+    keyed = [trajectory(task(n), [say("2")], id=f"traj_f{n}", steps=[step], started_at=at(n)) for n in range(3)]
+    minted = [trajectory(task(n), [say("2")], id=f"traj_0{n}", steps=[step], started_at=at(n)) for n in range(3, 6)]
+    assert [s.trajectory for s in served_turns([*minted, *keyed], most=3)] == ["traj_03", "traj_04", "traj_05"]

@@ -64,6 +64,33 @@ def test_it_teaches_only_once_something_vouches_for_it(outcome: Outcome | None, 
     assert bool(list(teacher(snapshot((one, by_teacher(one, 1, outcome=outcome)))))) is teaches
 
 
+@pytest.mark.parametrize(
+    ("authors", "trusted_by_settings", "teaches"),
+    [
+        (["ann"], False, False),
+        (["anonymous"], False, False),
+        (["ann", "anonymous"], False, False),
+        (["ann", "bob"], False, True),
+        (["operator"], False, True),
+        (["ann"], True, True),
+    ],
+)
+def test_what_one_user_had_it_say_and_praised_is_not_taught(
+    authors: list[str], trusted_by_settings: bool, teaches: bool
+) -> None:
+    """Nor remembered, nor put over an own run; what the operator's settings trust needs no second voice."""
+    one = task(1, reference=None)
+    trust = Outcome(score=1.0, by=OutcomeSource.TEACHER) if trusted_by_settings else None
+    taught = by_teacher(one, 1, outcome=trust)
+    failed = trajectory(one, [*solve(7)[:2], say("8")], score=0.0)
+    praise = [feedback(taught, FeedbackKind.SCORE, 1.0, author, trust=Trust.TRUSTED) for author in authors]
+    material = snapshot((one, failed), (one, taught), said=praise)
+    for made in (list(teacher(material)), past_runs(material), list(contrast(material))):
+        assert bool(made) is teaches
+    for example in teacher(material):
+        assert example.sources == [taught.id, *sorted(word.id for word in praise)]
+
+
 def test_held_out_tasks_and_failed_teachers_make_nothing_of_anybody() -> None:
     one = task(1)
     failed = by_teacher(one, 1, outcome=Outcome(score=0.0, by=OutcomeSource.VERIFIER))

@@ -261,3 +261,16 @@ def test_many_needles_are_found_as_each_by_itself_would_be():
     assert set(Needles(["7 in"], texts).among(hay)) == {n.encode() for n in ["7 in", *texts] if n.encode() in hay}
     assert Needles((), texts).among(b"short") == []
     assert not Needles((), ())
+
+
+def test_what_a_key_asked_is_found_under_the_name_by_which_it_signs(ledger: Ledger, home: Path):
+    alone, behind, other = (samples.task(f"{who}: how heavy is {SECRET}?", "acme") for who in ("a", "b", "c"))
+    alone = alone.model_copy(update={"caller": "key:shop"})
+    behind = behind.model_copy(update={"caller": "key:shop", "user": "ann"})
+    other = other.model_copy(update={"caller": "key:shopper"})
+    for task in (alone, behind, other):
+        ran(ledger, task, ANSWER)
+    assert forget.forget(ledger.database, home, tenant="acme", user="key:shop", by="op").counts["tasks"] == 1
+    assert set(ledger.tasks([alone.id, behind.id, other.id])) == {behind.id, other.id}
+    assert forget.forget(ledger.database, home, tenant="acme", user="ann", by="op").counts["tasks"] == 1
+    assert set(ledger.tasks([behind.id, other.id])) == {other.id}

@@ -146,6 +146,11 @@ def test_commands_that_only_look_work_on_an_empty_folder(tmp_path: Path, command
     assert done.stdout.strip()
 
 
+def test_a_service_whose_settings_name_an_unknown_recipe_does_not_start(tmp_path: Path) -> None:
+    done = nightschool("serve", "--port", "0", cwd=tmp_path, NIGHTSCHOOL_NIGHT__RECIPES='["successes", "magic"]')
+    assert_refused(done, "unknown recipe 'magic'; known: contrast,")
+
+
 def test_an_unknown_command_or_option_is_one_line(tmp_path: Path) -> None:
     assert_refused(nightschool("sleep", cwd=tmp_path), "sleep")
     assert_refused(nightschool("status", "--loudly", cwd=tmp_path), "loudly")

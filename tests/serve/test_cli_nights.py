@@ -60,6 +60,7 @@ def test_a_night_with_too_little_to_learn_skips_itself_and_its_report_says_so(fo
     ("arguments", "said"),
     [
         (["night", "--since", "lately"], "since: expected a date"),
+        (["night", "--recipes", "successes, magic"], "unknown recipe 'magic'; known: contrast,"),
         (["night", "--cancel"], "no unfinished night to cancel"),
         (["report", "night_x"], "no night 'night_x'"),
         (["promote", "0"], "champion already"),

@@ -197,6 +197,17 @@ def test_what_a_job_cannot_honour_is_refused_by_name(
         client.fine_tuning.jobs.create(**{"model": "nightschool", "training_file": "ledger", **more})
 
 
+@pytest.mark.parametrize("path", ["/fine_tuning/jobs", "/fine_tuning/jobs/estimate"])
+def test_an_unknown_recipe_is_refused_with_the_known_ones_before_there_is_a_job(
+    service: tuple[openai.OpenAI, Services], path: str
+) -> None:
+    client, services = service
+    before = len(services.ledger.nights())
+    with pytest.raises(openai.BadRequestError, match=r"unknown recipe 'magic'; known: contrast, .*successes"):
+        client.post(path, body={"recipes": ["successes", "magic"]}, cast_to=object)
+    assert len(services.ledger.nights()) == before
+
+
 def test_a_file_for_another_purpose_or_of_nobody_is_no_training_file(service: tuple[openai.OpenAI, Services]) -> None:
     client, _ = service
     with pytest.raises(openai.BadRequestError, match="not for 'fine-tune'"):

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import stat
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -213,6 +214,38 @@ def test_feedback_is_signed_by_the_key_and_not_by_what_its_holder_claims(service
         assert say(0.5, bearer(secret), author=claimed).status_code == 400
     authors = [said.author for said in services.ledger.feedback(trajectory_id=reply.id.removeprefix("chatcmpl-"))]
     assert authors == ["key:app", "key:app/eve", "operator", "oracle"]
+
+
+def test_a_task_knows_the_key_that_asked_and_is_the_same_task_from_another(service: tuple[str, Services]) -> None:
+    url, services = service
+    asked = {"model": "nightschool", "messages": [{"role": "user", "content": "2 + 1?"}]}
+
+    def caller(headers: dict[str, str], path: str = "chat/completions", **more: Any) -> str | None:
+        body = {**({"input": "2 + 1?", "model": "nightschool"} if path == "responses" else asked), **more}
+        reply = httpx.post(f"{url}/v1/{path}", json=body, headers=headers)
+        assert reply.status_code == 200, reply.text
+        run = services.ledger.get_trajectory(reply.json()["nightschool"]["trajectory_id"])
+        return services.ledger.get_task(run.task_id).caller
+
+    shop = bearer(mint(services, name="shop", scopes=["chat", "batch"]))
+    app = bearer(mint(services, name="app", vouches=True))
+    assert caller(shop) == caller(shop, "responses") == "key:shop"
+    assert caller(app, user="ann") == "app:app"
+    assert caller(bearer(OPERATOR_TOKEN)) is None
+    named: dict[str, Any] = {"nightschool": {"task_id": "task_from_two_keys"}}
+    assert caller(shop, **named) == caller(app, **named) == "key:shop", "whoever asked first"
+
+    with sdk(url, shop["Authorization"].removeprefix("Bearer ")) as client:
+        lines = [{"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": asked}]
+        data = "".join(json.dumps(line) + "\n" for line in lines).encode()
+        file = client.files.create(file=("lines.jsonl", data), purpose="batch")
+        batch = client.batches.create(input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h")
+        deadline = time.monotonic() + 60
+        while (done := client.batches.retrieve(batch.id)).status != "completed":
+            assert time.monotonic() < deadline, done
+            time.sleep(0.1)
+    (batched,) = [t for t in services.ledger.trajectories() if services.ledger.get_task(t.task_id).source == "batch"]
+    assert services.ledger.get_task(batched.task_id).caller == "key:shop"
 
 
 def test_the_operators_token_opens_everything_with_and_without_keys(

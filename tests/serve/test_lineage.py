@@ -13,7 +13,7 @@ import pytest
 from memory import keys
 from memory.errors import NotFoundError
 from memory.ledger import Ledger
-from memory.night_records import Generation, GenerationStatus, Night, NightStatus
+from memory.night_records import Generation, GenerationStatus, Night, NightStatus, StageRun
 from memory.records import Example, Feedback, Trajectory
 from memory.responses import StoredResponse, add_response
 from serve.lineage import trace, tree_of
@@ -158,6 +158,31 @@ def test_the_tree_reads_from_the_reply_to_the_word_and_forth(ledger: Ledger) -> 
     for part in ("generation 2", school.nights[0].id, "1 corrections", school.correction.id, "by ada"):
         assert part in told
     assert "generation 1 (retired), and through it 2" in told
+
+
+def test_between_a_night_and_its_examples_stands_the_dataset_with_its_hashes(ledger: Ledger) -> None:
+    from rich.console import Console
+
+    school = teach(ledger)
+    night = school.nights[0].id
+    files = {"sft.jsonl": {"rows": 3, "sha256": "ab" * 32}, "dpo.jsonl": {"rows": 0, "sha256": "cd" * 32}}
+    output = {"folder": f"/srv/school/nights/{night}/dataset", "counts": {}, "dropped": {}, "files": files}
+    ledger.record_stage(StageRun(night_id=night, stage="dataset", output=output, seconds=1.0))
+    found = trace(ledger, school.reply.id, tenant="default")
+    (built,) = [a.dataset for a in found.learned_from if a.night == night]
+    assert built is not None
+    assert built.manifest == f"nights/{night}/dataset/manifest.json"
+    assert {part.name: part.sha256 for part in built.files} == {name: file["sha256"] for name, file in files.items()}
+    (taught,) = trace(ledger, school.correction.id, tenant="default").taught
+    assert taught.dataset == built
+    console = Console(width=200, record=True)
+    console.print(tree_of(found))
+    lines = console.export_text().splitlines()
+    places = [
+        next(i for i, line in enumerate(lines) if part in line)
+        for part in (f"{night} (promoted)", built.manifest, "ab" * 32, school.lesson.id)
+    ]
+    assert places == sorted(places)
 
 
 def test_the_api_answers_operators_of_the_tenant_only(tmp_path: Path) -> None:

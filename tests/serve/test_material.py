@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 
 from evals.suites import EvalTask, Suite, save_suite
-from memory.errors import NotEnoughExperienceError
+from memory.errors import ConflictError, NotEnoughExperienceError
 from memory.ledger import Ledger
 from memory.night_records import Generation, GenerationStatus, Night, NightStatus, StageRun
 from memory.records import Feedback, FeedbackKind, Purpose, StopReason, Task, Trajectory, Trust, VerifierSpec
 from serve.stages.material import load_snapshot, snapshot
 from serve.suites import held_out_from_days
+from serve.wiring import keep_task
 from tests.serve.fakes import settings_in
 from tests.serve.test_night_limits import ledger, night_in, ran
 
@@ -73,6 +74,15 @@ def test_an_answer_that_another_user_praised_before_an_earlier_night_is_taught(
     material = load_snapshot(run)
     assert [t.id for t in material.trajectories] == [again.id]
     assert [t.id for t, _, _ in material.own_successes()] == [again.id] * taught
+
+
+def test_an_exams_task_that_a_user_asked_before_is_the_same_task(ledger: Ledger) -> None:
+    exam = Task(messages=[{"role": "user", "content": "1 + 1?"}], reference="2", source="held_out")
+    ledger.add_task(exam.model_copy(update={"caller": "key:shop", "user": "ann", "source": "chat"}))
+    keep_task(ledger, exam)
+    assert ledger.get_task(exam.id).caller == "key:shop"
+    with pytest.raises(ConflictError):
+        keep_task(ledger, exam.model_copy(update={"reference": "3"}))
 
 
 def test_a_task_that_nobody_can_judge_is_not_held_out(ledger: Ledger) -> None:

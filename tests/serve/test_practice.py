@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from serve.stages import STAGES, stages_of
 from serve.stages.dataset import make_dataset
 from serve.stages.material import load_snapshot, suites_of
 from serve.stages.night_run import NightRun
-from serve.stages.practice import chosen_for
+from serve.stages.practice import COMPLAINTS, FEW_COMPLAINTS, PRACTICE, chosen_for, practice_options
 from serve.wiring import Services
 from tests.memory import samples
 from tests.serve.fakes import running, settings_in
@@ -37,7 +38,7 @@ TASKS, SAMPLES = 3, 2
 @pytest.fixture
 def services(tmp_path: Path) -> Iterator[Services]:
     practice = {"practice": TASKS, "practice_samples": SAMPLES, "practice_temperature": 0.7}
-    night = NightConfig(**practice, held_out_share=0.3, controls=["chat"], concurrency=1, rehearsal=0, min_examples=1)
+    night = NightConfig(**practice, held_out_share=0.3, controls=["chat"], concurrency=1, rehearsal=3, min_examples=1)
     # One try after the other: of two tries of a task one is right, whatever ids and seeds chance gave out.
     answers = cycle((5, 6))
     settings = settings_in(tmp_path, night=night, train=TrainConfig(dpo_epochs=1))
@@ -230,6 +231,39 @@ def test_questions_complained_about_are_tried_again_and_the_fresh_success_is_put
         assert asked[question].id in pair.sources
 
 
+def test_complaints_are_tried_again_without_a_budget_for_practice_where_pairs_are_made_of_them(
+    services: Services,
+) -> None:
+    hinted = complain(services, "Which digit is odd?")
+    hint = {"kind": FeedbackKind.HINT, "value": "Look at the last bit.", "trust": Trust.TRUSTED}
+    services.ledger.add_feedback(samples.feedback(hinted).model_copy(update=hint))
+    for question in ("Name a prime.", "How many fingers?"):
+        complain(services, question)
+    settings = services.settings
+    idle = settings.model_copy(update={"night": settings.night.model_copy(update={"practice": 0})})
+    unpaired = idle.model_copy(update={"train": TrainConfig(dpo_epochs=0)})
+    asked = {"recipes": ["dissatisfaction"]}
+    assert practice_options(idle, asked) == {COMPLAINTS: FEW_COMPLAINTS}
+    assert practice_options(settings, asked) == {PRACTICE: TASKS}
+    assert practice_options(idle, {}) == practice_options(unpaired, asked) == {}
+    assert practice_options(settings, {**asked, "training_file": "file-1"}) == {}
+
+    night = Night(options={**asked, COMPLAINTS: FEW_COMPLAINTS})
+    assert stages_of(night) == list(STAGES)
+    services.ledger.add_night(night)
+    run_stage(night.id, "snapshot")
+    run = run_of(services, night)
+    chosen = chosen_for(run, load_snapshot(run), 0, FEW_COMPLAINTS)
+    assert (chosen.tasks, chosen.hinted, chosen.hints) == ([], [], {})
+    assert chosen.complained
+    assert chosen_for(run, load_snapshot(run), 0, 1).complained == chosen.complained[:1]
+    run_stage(night.id, "practice")
+    assert {t.task_id for t in tries(services)} == {t.id for t in chosen.complained}
+    foretold = dry_run.estimate(replace(services, settings=idle), asked).practice
+    assert foretold is not None
+    assert (foretold.budget, foretold.complained) == (0, 0), "those were solved meanwhile"
+
+
 def test_a_dataset_stage_that_runs_again_gives_the_same_bytes_whatever_came_after_the_line(services: Services) -> None:
     samples.remember(services.ledger, "What is 9 - 4?")
     complain(services, "Name a prime.")
@@ -245,6 +279,9 @@ def test_a_dataset_stage_that_runs_again_gives_the_same_bytes_whatever_came_afte
     assert manifest is not None
     assert (manifest.champion, manifest.memory_watermark) == (0, services.ledger.memory_watermark())
     assert manifest.memory_watermark
+    assert manifest.recipes == ["successes", "dissatisfaction"]
+    assert manifest.upto == {**run.done("snapshot")["upto"], "practice": run.done("practice")["upto"]}
+    assert manifest.counts["rehearsal"] == 3
     shutil.rmtree(folder)
     services.ledger.add_generation(Generation(number=1, base_model="m", status=GenerationStatus.CANDIDATE))
     services.ledger.promote(1, why="by hand", by="ada")
