@@ -24,6 +24,9 @@ from memory.records import RECALLED, Message, Purpose, Task, content_hash, text_
 from serve.settings import Settings
 
 MAX_HELD_OUT = 200
+LOOKED_AT = 1000
+"""Of more tasks that may be held out nobody asks whether a night has taught them: each is compared with a ledger's
+examples."""
 
 CONTROLS: dict[str, Callable[[], Suite]] = {
     "chat": chat_suite,
@@ -66,14 +69,13 @@ def held_out_from_days(ledger: Ledger, share: float) -> Suite:
         # A task with tools of a client cannot be judged without that client.
         if not task.client_tools and int(task.fingerprint[:8], 16) / 0xFFFFFFFF < share and _can_be_judged(task):
             chosen[task.tenant, task.fingerprint] = task
-    untaught = _untaught(ledger, chosen.values())
+    untaught = _untaught(ledger, _fairly(chosen.values(), LOOKED_AT))
     if not untaught:
         raise NotEnoughExperienceError(
             "no task with a verifier or a reference that no night has taught can be held out for the gate: "
             "run tasks that carry one, or put a suite file into the data folder's suites/"
         )
-    in_turn = _in_turn(sorted(untaught, key=_age, reverse=True), lambda task: (task.tenant, task.workload))
-    held_out = sorted(_in_turn(in_turn, lambda task: task.tenant)[:MAX_HELD_OUT], key=_age)
+    held_out = sorted(_fairly(untaught, MAX_HELD_OUT), key=_age)
     keyed = [EvalTask(key=content_hash([task.tenant, task.fingerprint])[:16], task=task) for task in held_out]
     return Suite(name="held_out", role="held_out", tasks=keyed, from_days=True)
 
@@ -82,20 +84,25 @@ def _age(task: Task) -> tuple[datetime, str]:
     return task.created_at, task.id
 
 
-def _untaught(ledger: Ledger, tasks: Iterable[Task]) -> list[Task]:
+def _fairly(tasks: Iterable[Task], most: int) -> list[Task]:
+    """Of the tenants in turn, of each its workloads in turn, the newest first."""
+    newest = sorted(tasks, key=_age, reverse=True)
+    by_workload = _in_turn(newest, lambda task: (task.tenant, task.workload))
+    return _in_turn(by_workload, lambda task: task.tenant)[:most]
+
+
+def _untaught(ledger: Ledger, tasks: list[Task]) -> list[Task]:
     """Those that no example of a promoted night asks, nor nearly: a task may have been taught before it could be judged
     or while it was not among the newest, and so may a copy of it."""
-    tasks = list(tasks)
     questions = {task.question for task in tasks}
     known, taught, seen = Questions(questions), set[str](), set[str]()
     for night in ledger.nights() if tasks else []:
         # What a rejected night was taught serves nobody.
         for example in ledger.examples(night.id) if night.status is NightStatus.PROMOTED else []:
-            if example.id in seen:
-                continue
-            seen.add(example.id)
-            for text in (text_of(m) for m in example.messages if _asks(m)):
-                taught |= {text} & questions
+            texts = {text_of(m) for m in example.messages if _asks(m)} - seen
+            seen |= texts
+            taught |= texts & questions
+            for text in texts:
                 taught.update(known.all_like(text))
     return [task for task in tasks if task.question not in taught]
 
