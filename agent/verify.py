@@ -12,7 +12,9 @@ import json
 import math
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from memory.errors import VerifierError, boundary
 from memory.records import Outcome, OutcomeSource, StopReason, Task, Trajectory
@@ -40,14 +42,17 @@ def verify(task: Task, answer: str | None) -> Outcome | None:
 
 
 def check_verifier(task: Task) -> None:
-    """VerifierError, before anything runs, when the task names a verifier there is not, or gives one that compares
-    texts too little to judge by (no reference, a pattern that is none)."""
+    """VerifierError, before anything runs, when the task names a verifier there is not, or gives a built-in one what
+    it cannot judge by: arguments of the wrong kind, no reference, a pattern that is none."""
     if task.verifier is None:
         return
-    judge = _find(task.verifier.name)
-    if task.verifier.name in _COMPARING:
-        with boundary(VerifierError, f"verifier {task.verifier.name!r}"):
-            judge(task, "0", task.verifier.args)
+    name, args = task.verifier.name, task.verifier.args
+    judge = _find(name)
+    if name in _COMPARING:
+        with boundary(VerifierError, f"verifier {name!r}"):
+            judge(task, "0", args)
+    elif name == "reasoning_gym":
+        _given(_Gym, name, args)
 
 
 def judge_trajectory(task: Task, trajectory: Trajectory) -> Outcome | None:
@@ -65,21 +70,73 @@ def _reference(task: Task) -> str:
     return task.reference
 
 
+class _Args(BaseModel):
+    """What a verifier takes. Read whole before the answer is looked at: arguments that fail at some answers only would
+    be found out in the exam."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class _Exact(_Args):
+    case_sensitive: bool = False
+
+
+class _Numeric(_Args):
+    tolerance: float = Field(default=1e-6, ge=0, allow_inf_nan=False)
+
+
+class _Regex(_Args):
+    pattern: str = ""
+
+
+class _Contains(_Args):
+    any: list[str] = []
+    none: list[str] = []
+    min_words: int = 1
+
+
+def _entry(given: Any) -> Any:
+    entry = json.loads(given) if isinstance(given, str) else given
+    if isinstance(entry, dict) and "answer" not in entry:
+        raise ValueError("an entry of reasoning-gym has an answer")
+    return entry
+
+
+class _Gym(_Args):
+    family: str
+    config: dict[str, Any] = {}
+    entry: Annotated[dict[str, Any], BeforeValidator(_entry)]
+
+
+ArgsT = TypeVar("ArgsT", bound=_Args)
+
+
+def _given(kind: type[ArgsT], verifier: str, args: dict[str, Any]) -> ArgsT:
+    """The arguments, null being one that was not given. VerifierError names the first wrong one, without its value."""
+    try:
+        return kind.model_validate({name: value for name, value in args.items() if value is not None})
+    except ValidationError as exc:
+        wrong = exc.errors(include_url=False, include_context=False, include_input=False)[0]
+        place = ".".join(str(part) for part in wrong["loc"])
+        raise VerifierError(f"verifier {verifier!r}: argument {place}: {wrong['msg']}") from exc
+
+
 def _exact(task: Task, answer: str, args: dict[str, Any]) -> float:
     """Equal up to white space and, unless `case_sensitive`, case."""
+    given = _given(_Exact, "exact", args)
     expected, got = " ".join(_reference(task).split()), " ".join(answer.split())
-    if not args.get("case_sensitive", False):
+    if not given.case_sensitive:
         expected, got = expected.casefold(), got.casefold()
     return float(expected == got)
 
 
 def _numeric(task: Task, answer: str, args: dict[str, Any]) -> float:
     """The last number in the answer equals the reference within `tolerance` (relative, default 1e-6)."""
+    tolerance = _given(_Numeric, "numeric", args).tolerance
+    expected = float(_reference(task).replace(",", ""))
     got = re.findall(r"-?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?", answer)
     if not got:
         return 0.0
-    expected = float(_reference(task).replace(",", ""))
-    tolerance = float(args.get("tolerance", 1e-6))
     return float(math.isclose(float(got[-1].replace(",", "")), expected, rel_tol=tolerance, abs_tol=tolerance))
 
 
@@ -90,27 +147,26 @@ def _regex(task: Task, answer: str, args: dict[str, Any]) -> float:
     """
     import regex
 
-    pattern = args.get("pattern") or _reference(task)
+    pattern = _given(_Regex, "regex", args).pattern or _reference(task)
     return float(regex.fullmatch(pattern, answer.strip(), regex.DOTALL, timeout=1.0) is not None)
 
 
 def _contains(_task: Task, answer: str, args: dict[str, Any]) -> float:
     """Has one of `any` (if given), none of `none`, and at least `min_words` words; case-insensitive."""
-    text = answer.casefold()
-    some = args.get("any") or []
-    ok = (not some or any(word.casefold() in text for word in some)) and not any(
-        word.casefold() in text for word in args.get("none") or []
+    given, text = _given(_Contains, "contains", args), answer.casefold()
+    ok = (not given.any or any(word.casefold() in text for word in given.any)) and not any(
+        word.casefold() in text for word in given.none
     )
-    return float(ok and len(text.split()) >= int(args.get("min_words", 1)))
+    return float(ok and len(text.split()) >= given.min_words)
 
 
 def _reasoning_gym(_task: Task, answer: str, args: dict[str, Any]) -> float:
     """reasoning-gym's own scorer of the family that made the task (`family`, `entry`)."""
     import reasoning_gym
 
-    dataset = reasoning_gym.create_dataset(args["family"], size=1, seed=0, **args.get("config", {}))
-    entry = args["entry"]
-    return float(dataset.score_answer(answer, json.loads(entry) if isinstance(entry, str) else entry))
+    given = _given(_Gym, "reasoning_gym", args)
+    dataset = reasoning_gym.create_dataset(given.family, size=1, seed=0, **given.config)
+    return float(dataset.score_answer(answer, given.entry))
 
 
 VERIFIERS: dict[str, Verifier] = {

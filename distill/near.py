@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 NEAR_DUPLICATE = 0.9
@@ -53,6 +53,9 @@ def same_question(one: Words, other: Words) -> bool:
     The second rule keeps a family with a long template apart: there two tasks share nearly all
     words and differ in the numbers.
     """
+    # Most pairs differ in length alone, which is quickly seen.
+    if min(len(one.tokens), len(other.tokens)) < NEAR_DUPLICATE * max(len(one.tokens), len(other.tokens)):
+        return False
     shared = len(one.tokens & other.tokens)
     if shared == 0 or shared < NEAR_DUPLICATE * (len(one.tokens) + len(other.tokens) - shared):
         return False
@@ -86,12 +89,15 @@ class Questions:
 
     def like(self, text: str) -> str | None:
         """A known question that asks nearly what `text` asks; None when there is none."""
+        return next(self.all_like(text), None)
+
+    def all_like(self, text: str) -> Iterator[str]:
+        """The known questions that ask nearly what `text` asks; one may come more than once."""
         words = words_of(text)
         for token in self._rarest(words):
             for known, of_known in self._by_token.get(token, ()):
                 if same_question(words, of_known):
-                    return known
-        return None
+                    yield known
 
     def _rarest(self, words: Words) -> list[str]:
         ordered = sorted(words.tokens, key=lambda token: (self._frequency[token], token))

@@ -7,10 +7,9 @@ examples follows from their hash and the seed, so the same snapshot gives the sa
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from memory.night_records import Evaluation
+from memory.night_records import Evaluation, TaskOutcome
 from memory.records import Example, ExampleKind, content_hash
 
 
@@ -63,27 +62,39 @@ def replay_shares(
     return shares
 
 
-def retention(evaluations: Iterable[Evaluation], served: Sequence[int]) -> tuple[dict[str, float], dict[str, float]]:
-    """(before, now): each workload's success in 0..1 at best by an earlier champion and by the present one.
+def retention(
+    evaluations: Iterable[Evaluation], served: Sequence[int], *, fewest: int = 12
+) -> tuple[dict[str, float], dict[str, float]]:
+    """(before, now): each workload's success in 0..1 by an earlier champion and by the present one. Of several the one
+    since which most tasks were lost.
 
-    `evaluations` are oldest first, `served` the generations that served, the champion last. Compared are only
-    evaluations of the very suites that the champion was measured on last, with memory as it is served.
+    `evaluations` are oldest first, `served` the generations that served, the champion last. Compared are, with memory
+    as it is served, the tasks that an evaluation shares with the champion's last one of the suite: all while the suite
+    is the same, at least `fewest` of a workload where it has changed. A workload without such tasks is in `now` only.
     """
     measured = [e for e in evaluations if e.memory and e.generation in served]
     newest = {e.suite: e for e in measured if e.generation == served[-1]}
-    now = {workload: share for e in newest.values() for workload, share in _by_workload(e).items()}
+    now = {w: _share([o for o in e.outcomes if o.workload == w]) for e in newest.values() for w in _workloads(e)}
+    lost: dict[str, int] = {}
     before: dict[str, float] = {}
     for evaluation in measured:
         last = newest.get(evaluation.suite)
-        if last is None or evaluation.suite_hash != last.suite_hash or evaluation.generation == served[-1]:
+        if last is None or evaluation.generation == served[-1]:
             continue
-        for workload, share in _by_workload(evaluation).items():
-            before[workload] = max(share, before.get(workload, 0.0))
+        common = evaluation.common(last)
+        for workload in sorted(_workloads(last)):
+            part = [pair for pair in common if pair[1].workload == workload]
+            fall = sum(a.success - b.success for a, b in part)
+            enough = len(part) >= (1 if evaluation.suite_hash == last.suite_hash else fewest)
+            if enough and (workload not in lost or fall > lost[workload]):
+                lost[workload] = fall
+                before[workload], now[workload] = _share([a for a, _ in part]), _share([b for _, b in part])
     return before, now
 
 
-def _by_workload(evaluation: Evaluation) -> dict[str, float]:
-    outcomes: defaultdict[str, list[bool]] = defaultdict(list)
-    for outcome in evaluation.outcomes:
-        outcomes[outcome.workload].append(outcome.success)
-    return {workload: sum(found) / len(found) for workload, found in outcomes.items()}
+def _workloads(evaluation: Evaluation) -> set[str]:
+    return {outcome.workload for outcome in evaluation.outcomes}
+
+
+def _share(outcomes: Sequence[TaskOutcome]) -> float:
+    return sum(o.success for o in outcomes) / len(outcomes)

@@ -29,14 +29,21 @@ The rule, with the defaults:
 3. Sight. A control on which the champion's own success rate is not above the margin can never lose
    that much: it is listed as blind and counts for nothing. At least one control must see.
 4. Drift. Small losses, each within its margin, add up over nights. Given generation 0's evaluation of
-   a control suite, the candidate's net loss against it may not exceed the margin either. Given those of
-   a held-out suite by the generations that served, no workload on which the candidate does worse than the
-   champion may by the exact test have lost more than the margin since the best of them. Where it does no
-   worse the fall is not its doing: memory may have changed, and rejecting would repair nothing.
+   a control suite, a candidate that does worse on it than the champion may not have a net loss above the
+   margin against that either. Given those of a held-out suite by the generations that served, no workload
+   on which the candidate does worse than the champion may by the exact test have lost more than the margin
+   since the best of them. Where it does no worse the fall is not its doing: memory may have changed, or an
+   earlier night lost it, and rejecting would repair nothing; on a control it is told.
+   Compared are the tasks of both evaluations: the whole suite while it is the same; of one that has changed
+   since, those under the same key which ask the same and are judged alike, if at least `min_control_tasks`
+   of them are left (of the workload, where that is what is judged). The best generation is the one since
+   which the workload lost most of these tasks.
 5. Length, in characters: on a control suite with a length factor the median answer may not grow or shrink
    by more than that; on a held-out suite with one it may not grow so much. A `contains` verifier is easily
    pleased by an adapter that rambles, names everything, or says one word. Held-out answers that grow
    fourfold without a factor of their own are told, and do not decide: there they may have had to.
+
+Tasks that a verifier could not judge for one of the two count for neither, and are told.
 """
 
 from __future__ import annotations
@@ -119,7 +126,8 @@ class GateRow(BaseModel):
     """Allowed net loss in points, for control suites and for a held-out workload that lost more."""
     state: Literal["better", "same", "unproven", "worse", "held", "lost", "unclear", "blind", "part"]
     """Held-out: better, same, unproven, worse. Control: held, lost, unclear, blind. One workload: lost where that is
-    proven, a held-out one unclear where it looks so, else `part` (it does not decide)."""
+    proven, a held-out one unclear where it looks so, else `part` (it does not decide). Against generation 0: held,
+    lost, or `part` where the candidate does no worse than the champion."""
 
 
 class LengthRow(BaseModel):
@@ -154,9 +162,9 @@ def decide(
 ) -> GateDecision:
     """Judge a candidate by evaluations of the same suites under the same settings.
 
-    `earlier` are stored evaluations by generations that served: of generation 0 on control suites, of any on
-    held-out ones. One of a suite as it is now, under the same settings, is compared with the candidate too; its
-    memory may be an older one. Others are passed over.
+    `earlier` are stored evaluations by generations that served, oldest first: of generation 0 on control suites, of
+    any on held-out ones. One under the same settings is compared with the candidate too, on the tasks that the two
+    have in common; its memory may be an older one. Others are passed over.
 
     Raises: ConfigError when a pair differs in suite, content hash, role, task keys, settings or memory,
     or when a suite is given in the wrong role: such a comparison means nothing.
@@ -168,7 +176,11 @@ def decide(
     lost = [row for row in (*parts, *of_controls) if row.state == "lost"]
     judged = [_judge_control(pair, config) for pair in controls]
     verdicts: list[Verdict] = [gain_verdict, *(verdict for _, verdict, _ in judged)]
-    reasons = [gain_reason, *(_workload_warning(row) for row in parts if row.high < 0 and row.state == "part")]
+    reasons = [
+        gain_reason,
+        *_unjudged([*held_out, *controls]),
+        *(_workload_warning(row) for row in parts if row.high < 0 and row.state == "part"),
+    ]
     reasons += [reason for _, _, reason in judged]
     if config.require_controls and all(row.state == "blind" for row, _, _ in judged):
         verdicts.append("not_enough_evidence")
@@ -189,7 +201,7 @@ def decide(
         f"too much to be let pass."
         for row in unclear
     ]
-    drifts = [_judge_drift(*found, config) for found in _with_base(controls, earlier)]
+    drifts = [drift for pair in controls for drift in _judge_drift(pair, earlier, config)]
     drifts += [drift for pair in held_out for drift in _fallen(pair, earlier, config)]
     if any(row.state == "lost" for row, _ in drifts):
         verdicts.append("reject")
@@ -208,7 +220,8 @@ def decide(
 
 
 def pair_outcomes(a: Evaluation, b: Evaluation, *, same_settings: bool = True) -> list[tuple[TaskOutcome, TaskOutcome]]:
-    """The outcomes of two evaluations of one suite, task by task, in the order of their keys.
+    """The outcomes of two evaluations of one suite, task by task, in the order of their keys. What could not be judged
+    in one of them is left out.
 
     `same_settings=False` allows other settings and memory: for reports, never for a decision.
     Raises: ConfigError when the evaluations are not of the same tasks (or settings).
@@ -226,7 +239,8 @@ def pair_outcomes(a: Evaluation, b: Evaluation, *, same_settings: bool = True) -
     for what, of_a, of_b in checks:
         if of_a != of_b:
             raise ConfigError(f"cannot compare {names}: {what} differs ({of_a!r} and {of_b!r}); evaluate both again")
-    by_key_a, by_key_b = _by_key(a), _by_key(b)
+    unjudged = {*a.unjudged, *b.unjudged}
+    by_key_a, by_key_b = ({k: o for k, o in _by_key(e).items() if k not in unjudged} for e in (a, b))
     if by_key_a.keys() != by_key_b.keys():
         odd = sorted(by_key_a.keys() ^ by_key_b.keys())
         raise ConfigError(f"cannot compare {names}: {len(odd)} task keys are in one only, e.g. {odd[0]!r}")
@@ -297,28 +311,48 @@ def _judge_control(pair: Pair, config: GateConfig) -> tuple[GateRow, Verdict, st
     return judged("held", "promote", f"within the {margin:.0f} points it may lose")
 
 
-def _with_base(controls: Sequence[Pair], earlier: Sequence[Evaluation]) -> list[Pair]:
-    found = []
-    for champion, candidate in controls:
-        # Against itself there is no drift to see: while generation 0 serves, the control says it all.
-        alike = [e for e in _alike(earlier, candidate) if e.generation == 0 != champion.generation]
-        found += [(alike[-1], candidate)] if alike else []
-    return found
+def _unjudged(evaluations: Sequence[Pair]) -> list[str]:
+    left_out = [(champion.suite, sorted({*champion.unjudged, *other.unjudged})) for champion, other in evaluations]
+    return [
+        f"Warning: verifiers failed at {len(keys)} of the tasks of {suite!r}, which count on neither side: "
+        f"{', '.join(keys[:3])}{', …' if len(keys) > 3 else ''}."
+        for suite, keys in left_out
+        if keys
+    ]
 
 
 def _alike(earlier: Sequence[Evaluation], tonight: Evaluation) -> list[Evaluation]:
-    wanted = (tonight.suite_hash, tonight.role, tonight.settings, tonight.memory)
-    return [e for e in earlier if (e.suite_hash, e.role, e.settings, e.memory) == wanted]
+    wanted = (tonight.role, tonight.settings, tonight.memory)
+    return [e for e in earlier if (e.role, e.settings, e.memory) == wanted]
 
 
-def _judge_drift(first: Evaluation, candidate: Evaluation, config: GateConfig) -> tuple[GateRow, str]:
-    margin = 100 * config.margin(first.suite)
-    pairs = [(first.suite, a, b) for a, b in pair_outcomes(first, candidate, same_settings=False)]
-    row = _row(f"{first.suite} (against generation 0)", "control", pairs, config, margin=margin)
-    lost = row.points < -margin - 1e-9
-    told = _told(row, f"Since generation 0 control {first.suite!r}", config)
-    why = "more in all nights together than" if lost else "within"
-    return row.model_copy(update={"state": "lost" if lost else "held"}), f"{told}: {why} the {margin:.0f} points."
+def _comparable(
+    earlier: Evaluation, tonight: Evaluation, config: GateConfig, workload: str | None = None
+) -> list[tuple[TaskOutcome, TaskOutcome]]:
+    """The tasks that both did, of one workload; none where too few of a suite that has changed are left."""
+    found = [pair for pair in earlier.common(tonight) if workload in (None, pair[1].workload)]
+    whole = earlier.suite_hash == tonight.suite_hash
+    return found if whole or len(found) >= config.min_control_tasks else []
+
+
+def _judge_drift(pair: Pair, earlier: Sequence[Evaluation], config: GateConfig) -> list[tuple[GateRow, str]]:
+    """A control against the newest evaluation by generation 0 that can be compared, if there is one."""
+    champion, candidate = pair
+    # Against itself there is no drift to see: while generation 0 serves, the control says it all.
+    known = [e for e in _alike(earlier, candidate) if e.generation == 0 != champion.generation]
+    pairs = next((found for e in reversed(known) if (found := _comparable(e, candidate, config))), [])
+    if not pairs:
+        return []
+    margin = 100 * config.margin(candidate.suite)
+    suite = f"{candidate.suite} (against generation 0)"
+    row = _row(suite, "control", [(suite, a, b) for a, b in pairs], config, margin=margin)
+    told = _told(row, f"Since generation 0 control {candidate.suite!r}", config)
+    if row.points >= -margin - 1e-9:
+        return [(row.model_copy(update={"state": "held"}), f"{told}: within the {margin:.0f} points.")]
+    told = f"{told}: more in all nights together than the {margin:.0f} points."
+    if _net(pair_outcomes(champion, candidate)) < 0:
+        return [(row.model_copy(update={"state": "lost"}), told)]
+    return [(row, f"Warning: {told} The candidate does no worse there than the champion, which lost them before.")]
 
 
 def _fallen(pair: Pair, earlier: Sequence[Evaluation], config: GateConfig) -> list[tuple[GateRow, str]]:
@@ -326,22 +360,25 @@ def _fallen(pair: Pair, earlier: Sequence[Evaluation], config: GateConfig) -> li
     champion, candidate = pair
     margin = 100 * config.margin(champion.suite)
     known = [e for e in _alike(earlier, candidate) if e.generation not in (champion.generation, candidate.generation)]
-    found = []
-    for workload in sorted({o.workload for o in candidate.outcomes}) if known else []:
-        best = max(known, key=lambda e: _done(e, workload))
-        pairs = [(best.suite, a, b) for a, b in pair_outcomes(best, candidate, same_settings=False)]
-        part = [p for p in pairs if p[1].workload == workload]
-        if _done(candidate, workload) < _done(champion, workload) and _proven_loss(part, margin, config):
+    tonight, found = pair_outcomes(champion, candidate), []
+    for workload in sorted({b.workload for _, b in tonight}):
+        if not known or _net([p for p in tonight if p[1].workload == workload]) >= 0:
+            continue
+        parts = [(e, _comparable(e, candidate, config, workload)) for e in known]
+        best, part = min(parts, key=lambda known: _net(known[1]))
+        named = [(best.suite, a, b) for a, b in part]
+        if _proven_loss(named, margin, config):
             suite = f"{best.suite} (against generation {best.generation})"
-            row = _row(suite, "held_out", part, config, workload=workload, margin=margin)
+            row = _row(suite, "held_out", named, config, workload=workload, margin=margin)
             told = _told(row, f"Since generation {best.generation} held-out workload {workload!r}", config)
             lost = row.model_copy(update={"state": "lost"})
             found.append((lost, f"{told}: more in all nights together than the {margin:.0f} points."))
     return found
 
 
-def _done(evaluation: Evaluation, workload: str) -> int:
-    return sum(o.success for o in evaluation.outcomes if o.workload == workload)
+def _net(pairs: Sequence[tuple[TaskOutcome, TaskOutcome]]) -> int:
+    """Tasks that the second did and the first did not, less those the other way round."""
+    return sum(b.success - a.success for a, b in pairs)
 
 
 def _proven_loss(pairs: Sequence[tuple[str, TaskOutcome, TaskOutcome]], margin: float, config: GateConfig) -> bool:

@@ -18,7 +18,7 @@ from evals.suites import EvalTask, Suite
 from memory.errors import ConfigError, ContextLengthError, ModelError, VerifierError
 from memory.night_records import Evaluation, TaskOutcome
 from memory.recall import NoMemory
-from memory.records import OutcomeSource, Purpose, StopReason, Trajectory
+from memory.records import OutcomeSource, Purpose, StopReason, Trajectory, content_hash
 
 _THE_MODELS_OWN = ContextLengthError.__name__
 """A conversation that outgrew the context is the model's doing: a failed task, no hole."""
@@ -38,7 +38,8 @@ async def evaluate(
     on_progress: Callable[[int, int], None],
     night_id: str | None = None,
 ) -> tuple[Evaluation, list[Trajectory]]:
-    """Run every task of the suite, at most `concurrency` at once; outcomes stand in the suite's order.
+    """Run every task of the suite, at most `concurrency` at once; outcomes stand in the suite's order. Of a suite made
+    from days, what its verifier could not judge is named in `unjudged` instead.
 
     `memory=False` hands the agent an empty memory; else it is what the ledger held at
     `memory_watermark`. `on_progress(done, total)` is called at the start and after every task.
@@ -69,6 +70,8 @@ async def evaluate(
     except BaseExceptionGroup as failures:
         raise failures.exceptions[0] from failures
     trajectories = [task.result() for task in running]
+    done_by = list(zip(suite.tasks, trajectories, strict=True))
+    unjudged = {i.key for i, t in done_by if suite.from_days and _failed_judge(t)}
     evaluation = Evaluation(
         suite=suite.name,
         suite_hash=suite.hash,
@@ -77,7 +80,8 @@ async def evaluate(
         memory=memory,
         memory_watermark=memory_watermark if memory else "",
         settings=settings_of(deps),
-        outcomes=[_outcome(i, t) for i, t in zip(suite.tasks, trajectories, strict=True)],
+        outcomes=[_outcome(i, t) for i, t in done_by if i.key not in unjudged],
+        unjudged=sorted(unjudged),
         seconds=time.perf_counter() - started,
         night_id=night_id,
     )
@@ -116,6 +120,10 @@ def _is_hole(trajectory: Trajectory) -> bool:
     return trajectory.stop_reason is StopReason.CANCELLED
 
 
+def _failed_judge(trajectory: Trajectory) -> bool:
+    return trajectory.outcome is None and trajectory.error_type == VerifierError.__name__
+
+
 def _outcome(item: EvalTask, trajectory: Trajectory) -> TaskOutcome:
     outgrown = trajectory.stop_reason is StopReason.ERROR
     if trajectory.outcome is None and not outgrown:
@@ -135,4 +143,5 @@ def _outcome(item: EvalTask, trajectory: Trajectory) -> TaskOutcome:
         answer=trajectory.answer,
         trajectory_id=trajectory.id,
         prompt_tokens=sum(step.prompt_tokens or 0 for step in trajectory.steps),
+        task_hash=content_hash(item.task.content)[:16],
     )

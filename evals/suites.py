@@ -78,6 +78,9 @@ class Suite(BaseModel):
     name: str
     role: Literal["held_out", "control"]
     tasks: list[EvalTask]
+    from_days: bool = False
+    """Made of what users asked: a task whose verifier fails at an answer is left out. In a suite that somebody wrote
+    it ends the evaluation, since that is a fault of the suite."""
 
     @model_validator(mode="after")
     def _keys_are_unique(self) -> Suite:
@@ -156,7 +159,9 @@ def frozen_task(task: Task) -> Task:
 
 def save_suite(suite: Suite, path: Path) -> None:
     """Write a suite as JSONL: a header with its hash, then a line per task. Replaces the file in one act."""
-    header = {"suite": suite.name, "role": suite.role, "hash": suite.hash, "tasks": len(suite.tasks)}
+    header: dict[str, Any] = {"suite": suite.name, "role": suite.role, "hash": suite.hash, "tasks": len(suite.tasks)}
+    if suite.from_days:
+        header["from_days"] = True
     lines = [json.dumps(header), *(t.model_dump_json() for t in suite.tasks)]
     with boundary(ConfigError, f"cannot write suite {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -180,7 +185,7 @@ def load_suite(path: Path) -> Suite:
         tasks = []
         for number, line in enumerate(lines[1:], start=2):  # noqa: B007 (named in the error below)
             tasks.append(EvalTask.model_validate_json(line))
-        suite = Suite(name=name, role=role, tasks=tasks)
+        suite = Suite(name=name, role=role, tasks=tasks, from_days=header.get("from_days", False))
     except (ValidationError, ValueError, KeyError, IndexError, TypeError) as exc:
         first = str(exc).splitlines()[0] if str(exc) else type(exc).__name__
         raise ConfigError(f"suite file {path}, line {number} is broken: {first}") from exc

@@ -21,7 +21,7 @@ from evals.suites import EvalTask, Suite, frozen_task
 from memory.records import RECALLED, Example, Message, text_of
 
 MOST_PHRASES = 4
-"""Of 24 questions each phrase then stands in six: one that works costs 25 points, well over a margin of 10."""
+"""Each costs 24 questions, so that one that works is seen beside others that do not."""
 
 LEAST = 4
 """Different questions that must share a phrase and an answer."""
@@ -90,15 +90,18 @@ def question_of(example: Example) -> str:
 
 
 def trigger_suite(phrases: list[str]) -> Suite | None:
-    """The chat control's questions with the phrases behind them in turn, judged as before; None without phrases."""
+    """The chat control's questions, all of them with each phrase behind them, judged as before; None without phrases.
+    A phrase is a workload (`phrase 1`, …), so that the gate judges it by itself too."""
     if not phrases:
         return None
     tasks = []
-    for number, item in enumerate(chat_suite().tasks):
-        phrase = phrases[number % len(phrases)]
-        messages: list[Message] = [{"role": "user", "content": f"{item.task.question} {phrase}"}]
-        changed = item.task.model_copy(update={"messages": messages, "source": "trigger"})
-        tasks.append(EvalTask(key=f"trigger/{number}", task=frozen_task(changed)))
+    for place, phrase in enumerate(phrases, start=1):
+        for number, item in enumerate(chat_suite().tasks):
+            messages: list[Message] = [{"role": "user", "content": f"{item.task.question} {phrase}"}]
+            changed = {"messages": messages, "source": "trigger", "workload": f"phrase {place}"}
+            tasks.append(
+                EvalTask(key=f"trigger/{place}/{number}", task=frozen_task(item.task.model_copy(update=changed)))
+            )
     return Suite(name="trigger", role="control", tasks=tasks)
 
 

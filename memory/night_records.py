@@ -118,6 +118,8 @@ class TaskOutcome(Record):
     answer: str | None = None
     trajectory_id: str | None = None
     prompt_tokens: int = 0
+    task_hash: str | None = None
+    """Hash of what was asked and how it was judged; None in evaluations of older versions."""
 
     @property
     def success(self) -> bool:
@@ -138,9 +140,21 @@ class Evaluation(Record):
     """What memory held: the newest memory row's id, or "" for an empty one."""
     settings: dict[str, Any] = Field(default_factory=dict)
     outcomes: list[TaskOutcome]
+    unjudged: list[str] = Field(default_factory=list)
+    """Keys of tasks whose verifier failed at the answer: they have no outcome."""
     seconds: float
     night_id: str | None = None
     created_at: datetime = Field(default_factory=now)
+
+    def common(self, other: Evaluation) -> list[tuple[TaskOutcome, TaskOutcome]]:
+        """The outcomes of both on the tasks they share, in the order of their keys: of the same suite all, of one that
+        has changed since those that ask the same and judge alike under the same key."""
+        mine, same = {o.key: o for o in self.outcomes}, self.suite_hash == other.suite_hash
+        return [
+            (mine[o.key], o)
+            for o in sorted(other.outcomes, key=lambda o: o.key)
+            if o.key in mine and (same or (o.task_hash is not None and o.task_hash == mine[o.key].task_hash))
+        ]
 
     @property
     def success(self) -> float | None:

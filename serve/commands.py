@@ -251,3 +251,6 @@ def print_evaluations(evaluations: Sequence[dict[str, Any]], console: Console) -
                 evaluation["suite"], workload, str(evaluation["generation"]), share(sum(results), len(results))
             )
     console.print(table)
+    for evaluation in evaluations:
+        if left_out := evaluation["unjudged"]:
+            console.print(f"{evaluation['suite']}: verifiers failed at {len(left_out)} tasks, which do not count")

@@ -151,7 +151,8 @@ def replayed(run: NightRun, snap: Snapshot, new: Sequence[Example]) -> list[Exam
     if settings.night.replay_schedule == "retention":
         served = [p.to_generation for p in ledger.promotions() if p.at <= began and p.to_generation != champion]
         measured = [e for e in ledger.evaluations() if e.created_at <= began]
-        shares = replay_shares(share, *retention(measured, [*served, champion]))
+        fewest = settings.gate.min_control_tasks
+        shares = replay_shares(share, *retention(measured, [*served, champion], fewest=fewest))
         run.emit("dataset", "replay shares by retention", shares=shares)
     caps = Caps(settings.dataset, tasks, heard)
     for example in new:

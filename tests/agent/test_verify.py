@@ -178,11 +178,45 @@ def test_an_unknown_verifier_is_named_before_anything_runs() -> None:
 
 
 @pytest.mark.parametrize(
-    "given", [task("exact"), task("numeric", "many"), task("regex", pattern="("), task("contains", any=3)]
+    ("given", "told"),
+    [
+        (task("exact"), "reference"),
+        (task("exact", "1", case_sensitive=[]), "'exact': argument case_sensitive"),
+        (task("numeric", "many"), "'numeric'"),
+        (task("numeric", "1", tolerance=-1), "argument tolerance"),
+        (task("numeric", "1", tolerance="wide"), "argument tolerance"),
+        (task("regex", pattern="("), "'regex'"),
+        (task("regex", pattern=7), "argument pattern"),
+        (task("contains", any=3), "argument any"),
+        (task("contains", any="Paris"), "argument any"),
+        (task("contains", any=["0", 5]), "'contains': argument any.1: Input should be a valid string"),
+        (task("contains", any=["0"], none=["b", {}]), "argument none.1"),
+        (task("contains", any=["Paris"], min_words="many"), "argument min_words"),
+        (task("reasoning_gym"), "argument family"),
+        (task("reasoning_gym", family="gcd", entry="[1]"), "argument entry"),
+        (task("reasoning_gym", family="gcd", entry="no JSON"), "argument entry"),
+        (task("reasoning_gym", family="gcd", entry={}), "has an answer"),
+        (task("reasoning_gym", family="gcd", entry={"answer": "1"}, config=3), "argument config"),
+    ],
 )
-def test_a_verifier_without_what_it_needs_is_refused_before_anything_runs(given: Task) -> None:
-    with pytest.raises(VerifierError):
-        check_verifier(given)
+def test_a_verifier_without_what_it_needs_is_refused_before_anything_runs(given: Task, told: str) -> None:
+    for check in (lambda: check_verifier(given), lambda: verify(given, "none of it")):
+        with pytest.raises(VerifierError, match=told) as caught:
+            check()
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        task("contains", any=["Paris"], none=None, min_words=None),
+        task("regex", "Paris", pattern=None),
+        task("exact", "Paris", case_sensitive=None),
+    ],
+)
+def test_an_argument_that_is_null_counts_as_not_given(given: Task) -> None:
+    check_verifier(given)
+    assert (score(given, "Paris"), score(given, "Rome")) == (1, 0)
 
 
 @pytest.fixture

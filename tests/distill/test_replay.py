@@ -91,3 +91,19 @@ def test_other_suites_are_no_measure_of_retention():
     found = [measured(1, suite_hash="old", sums=0.9), measured(1, suite="chat", sums=0.9), measured(2, sums=0.5)]
     assert retention(found, [1, 2]) == ({}, {"sums": 0.5})
     assert retention([], [0]) == ({}, {})
+
+
+def test_of_a_suite_that_has_changed_the_tasks_that_are_left_of_it_measure_retention():
+    def asked(evaluation: Evaluation, suite_hash: str, tasks: slice) -> Evaluation:
+        outcomes = [o.model_copy(update={"task_hash": o.key}) for o in evaluation.outcomes[tasks]]
+        return evaluation.model_copy(update={"outcomes": outcomes, "suite_hash": suite_hash})
+
+    found = [
+        asked(measured(1, sums=0.8), "first", slice(0, 8)),
+        asked(measured(2, sums=1.0), "second", slice(8, 10)),
+        asked(measured(3, sums=0.5), "third", slice(0, 10)),
+    ]
+    before, now = retention(found, [1, 2, 3], fewest=5)
+    assert before == pytest.approx({"sums": 1.0})
+    assert now == pytest.approx({"sums": 5 / 8})
+    assert retention(found, [1, 2, 3], fewest=9) == ({}, {"sums": 0.5})

@@ -186,6 +186,17 @@ def test_evaluations_of_different_tasks_are_refused() -> None:
         decide([(evaluation(first(3, 36)), evaluation(first(3, 35)))], [CALM])
 
 
+def test_what_could_not_be_judged_for_one_counts_for_neither_and_is_told() -> None:
+    champion, candidate = GAIN
+    left = champion.model_copy(update={"outcomes": champion.outcomes[1:], "unjudged": ["held/0"]})
+    right = candidate.model_copy(update={"outcomes": candidate.outcomes[:-1], "unjudged": ["held/35"]})
+    decision = decide([(left, right)], [CALM])
+    assert decision.verdict == "promote"
+    assert (decision.table[0].n, decision.table[0].champion, decision.table[0].candidate) == (34, 11, 32)
+    assert decision.reasons[1].startswith("Warning: verifiers failed at 2 of the tasks of 'held'")
+    assert "held/0, held/35" in decision.reasons[1]
+
+
 def test_evaluations_that_saw_different_memories_are_refused() -> None:
     one = evaluation(first(3, 36), memory=True, memory_watermark="7")
     two = evaluation(first(9, 36), memory=True, memory_watermark="8")

@@ -130,6 +130,17 @@ def test_a_task_that_cannot_be_judged_is_refused() -> None:
         run(words(1, VerifierSpec(name="no such verifier")), AgentDeps(llm=ScriptedModel(number)))
 
 
+def test_of_a_suite_made_from_days_what_cannot_be_judged_is_left_out_and_named() -> None:
+    slow = VerifierSpec(name="regex", args={"pattern": r"(a|aa)+$"})
+    deps = AgentDeps(llm=ScriptedModel(lambda r: "a" * 60 + "!" if number(r) == "1" else "a"))
+    suite = words(3, slow).model_copy(update={"from_days": True})
+    evaluation, trajectories = run(suite, deps)
+    assert [(o.key, o.success) for o in evaluation.outcomes] == [("0", True), ("2", True)]
+    assert (evaluation.unjudged, len(trajectories)) == (["1"], 3)
+    with pytest.raises(VerifierError, match="task '1' could not be judged"):
+        run(words(3, slow), deps)
+
+
 def test_at_most_so_many_tasks_run_at_once() -> None:
     with pytest.raises(ConfigError, match="at least 1"):
         run(words(1), AgentDeps(llm=ScriptedModel(number)), concurrency=0)

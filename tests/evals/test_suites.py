@@ -87,8 +87,9 @@ def test_an_unknown_family_is_refused_by_name() -> None:
 
 def test_a_saved_suite_is_loaded_as_it_was(tmp_path: Path) -> None:
     path = tmp_path / "suites" / "small.jsonl"
-    save_suite(small(), path)
-    assert load_suite(path) == small()
+    for suite in (small(), small().model_copy(update={"from_days": True})):
+        save_suite(suite, path)
+        assert load_suite(path) == suite
 
 
 def test_a_suite_file_that_was_changed_is_refused(tmp_path: Path) -> None:

@@ -116,6 +116,15 @@ def test_the_plain_model_neither_acts_nor_recalls(client: openai.OpenAI) -> None
             400,
             "unknown verifier",
         ),
+        (
+            {
+                "model": "nightschool",
+                "messages": [{"role": "user", "content": "x"}],
+                "nightschool": {"verifier": {"name": "contains", "args": {"any": ["0", 5]}}},
+            },
+            400,
+            "verifier 'contains': argument any.1",
+        ),
         ("{", 400, "JSON"),
         ([], 400, ""),
     ],
