@@ -94,7 +94,7 @@ class NightConfig(BaseModel):
     max_seconds: float | None = Field(
         default=None,
         gt=0,
-        description="time for a night: training is cut to fit, evaluation never (the first night keeps half for it)",
+        description="time for a night: practice and training are cut to fit, evaluation never (the first keeps half)",
     )
     max_tokens: int | None = Field(default=None, ge=1, description="tokens trained on in a night, all epochs together")
     practice: int = Field(default=0, ge=0, description="earlier tasks that the champion tries again in one night")

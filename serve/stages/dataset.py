@@ -9,7 +9,7 @@ from typing import Any
 from agent.llm import ChatRequest
 from agent.prompts import compose
 from distill.dataset import Caps, Dataset, DatasetConfig, build, build_uploaded, read_manifest, served_of, write
-from distill.rehearsal import RECIPE, Answer, rehearse
+from distill.rehearsal import ANSWER_TOKENS, RECIPE, Answer, rehearse
 from distill.replay import replay, replay_shares, retention
 from distill.snapshot import Snapshot
 from distill.uploads import RECIPE as UPLOADED
@@ -92,7 +92,8 @@ def _base_answer(services: Services) -> Answer:
 
     async def answer(messages: list[Message]) -> str | None:
         base = services.ledger.generation(0).served_name
-        reply = await services.llm.complete(ChatRequest(base, messages, {"temperature": 0.0, "max_tokens": 96}))
+        sampling = {"temperature": 0.0, "max_tokens": ANSWER_TOKENS}
+        reply = await services.llm.complete(ChatRequest(base, messages, sampling))
         return reply.text if reply.finish_reason == "stop" else None
 
     return answer
