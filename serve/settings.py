@@ -103,6 +103,9 @@ class NightConfig(BaseModel):
     schedule: Annotated[str, AfterValidator(check)] | None = Field(
         default=None, description="cron expression, local time ('0 2 * * *'): the service begins a night then"
     )
+    catch_up_s: float = Field(
+        default=10_800, ge=0, description="a time missed by no more is made up; later the day has begun. 0: 5 minutes"
+    )
 
 
 class Settings(BaseSettings):
