@@ -135,4 +135,5 @@ def _outcome(item: EvalTask, trajectory: Trajectory) -> TaskOutcome:
         answer=trajectory.answer,
         trajectory_id=trajectory.id,
         prompt_tokens=sum(step.prompt_tokens or 0 for step in trajectory.steps),
+        completion_tokens=sum(step.completion_tokens or 0 for step in trajectory.steps),
     )

@@ -118,6 +118,8 @@ class TaskOutcome(Record):
     answer: str | None = None
     trajectory_id: str | None = None
     prompt_tokens: int = 0
+    completion_tokens: int | None = None
+    """None where it was not counted yet."""
 
     @property
     def success(self) -> bool:

@@ -282,6 +282,29 @@ def test_the_report_tells_the_decision_the_curve_and_the_cost(service: tuple[str
     assert told["seconds"]["train"] == 1.0
 
 
+def test_the_report_tells_the_cost_in_tokens_by_part(service: tuple[str, Services, Night], key: str) -> None:
+    url, services, night = service
+    training = {"part": "training", "prompt": None, "completion": None, "total": 9}
+    # As an older version left it: only the prompts of its exam were counted.
+    exam = {"part": "evaluation", "prompt": 600, "completion": None, "total": 600}
+    path = f"{url}/v1/nights/{night.id}/report"
+    assert get(path, key).json()["tokens"] == [training, exam]
+    shown = re.sub(r"<[^>]+>", "|", get(path, key, format="html").text)
+    assert "|training, all its steps||||||9||||evaluation||600||||600|" in shown
+    counted = Night()
+    services.ledger.add_night(counted)
+    outcomes = [TaskOutcome(key=str(n), workload="w", score=1.0, prompt_tokens=50, completion_tokens=n) for n in (3, 4)]
+    services.ledger.add_evaluation(
+        Evaluation(
+            suite="held_out", suite_hash="c", role="held_out", generation=0, memory=True, outcomes=outcomes,
+            seconds=1.0, night_id=counted.id,
+        )
+    )  # fmt: skip
+    services.ledger.end_night(counted.id, NightStatus.FAILED, ["a test"])
+    (told,) = get(f"{url}/v1/nights/{counted.id}/report", key).json()["tokens"]
+    assert told == {"part": "evaluation", "prompt": 100, "completion": 7, "total": 107}
+
+
 def test_what_hostile_runs_say_stays_text_in_the_page(service: tuple[str, Services, Night]) -> None:
     url, _, night = service
     reply = get(f"{url}/v1/nights/{night.id}/report", OPERATOR_TOKEN, format="html")

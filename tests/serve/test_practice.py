@@ -213,6 +213,10 @@ def test_a_dry_run_foretells_practice_and_the_report_tells_what_came_of_it(servi
     for name in ("tasks", "tries", "successes", "tokens", "examples"):
         assert sum(getattr(row, name) for row in told.workloads) == getattr(told, name)
     assert "Practice" in render_night(report)
+    assert [(t.part, t.total) for t in report.tokens if t.part == "practice"] == [("practice", spent)]
+    assert "had no time for 3 more tries" not in render_night(report)
+    short = report.model_copy(update={"practice": told.model_copy(update={"left_out": 3})})
+    assert "had no time for 3 more tries" in render_night(short)
     others = night_report(ledger, run.night, "m", tenant="rival").practice
     assert others == told.model_copy(update={"workloads": []})
 
