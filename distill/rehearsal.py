@@ -20,6 +20,9 @@ from memory.records import Example, ExampleKind, Message, content_hash
 
 RECIPE = "rehearsal"
 
+ANSWER_TOKENS = 96
+"""The longest answer that may end."""
+
 Answer = Callable[[list[Message]], Awaitable[str | None]]
 """The base model's whole answer to a conversation; None when it did not come to an end."""
 

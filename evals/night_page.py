@@ -87,6 +87,8 @@ def _practice(practice: Practice) -> str:
         f"<h2>Practice</h2><p>{practice.tasks} earlier tasks tried again{hinted}: {practice.successes} of "
         f"{practice.tries} tries succeeded, in {practice.tokens} tokens. {practice.examples} examples came from it.</p>"
     )
+    if practice.left_out:
+        told += f'<p class="wait">The night had no time for {practice.left_out} more tries.</p>'
     head = ("workload", "share", "because", "success before", "tasks", "tries", "succeeded", "tokens", "examples")
     rows = [
         (w.workload, f"{w.share:.0%}", w.why, f"{w.before:.0%}", w.tasks, w.tries, w.successes, w.tokens, w.examples)
@@ -174,4 +176,10 @@ def _cost(report: NightReport) -> str:
     rows.append(("all", duration(sum(report.seconds.values()))))
     prompts = [(f"gen-{p.generation}", f"{p.prompt_tokens:.0f}") for p in report.curve if p.prompt_tokens is not None]
     told = _table("Cost", ("stage", "time"), rows) if report.seconds else ""
+    parts = {"training": "training, all its steps", "teacher": "teacher, in the days since the night before"}
+    counts = [
+        (parts.get(t.part, t.part), *("" if n is None else n for n in (t.prompt, t.completion)), t.total)
+        for t in report.tokens
+    ]
+    told += _table("", ("tokens", "prompt", "completion", "all"), counts)
     return told + _table("", ("generation", "prompt tokens of a held-out task"), prompts)

@@ -89,6 +89,8 @@ class Practice(BaseModel):
     tries: int
     successes: int
     tokens: int
+    left_out: int = 0
+    """Tries for which the night's time left no room."""
     examples: int
     workloads: list[PractisedWorkload]
 
@@ -116,6 +118,17 @@ class Training(BaseModel):
     note: str
     losses: dict[str, list[float]]
     """One figure a step, by phase."""
+
+
+class Tokens(BaseModel):
+    """What a part of the night cost in tokens."""
+
+    part: Literal["practice", "training", "evaluation", "teacher"]
+    """Training's are those that all its steps read; the teacher's are the days', since the night before."""
+    prompt: int | None = None
+    completion: int | None = None
+    """None for a part that does not know its tokens apart, and for exams of older versions, which counted prompts."""
+    total: int
 
 
 class Point(BaseModel):
@@ -161,3 +174,5 @@ class NightReport(BaseModel):
     training: Training | None
     seconds: dict[str, float]
     """By stage."""
+    tokens: list[Tokens] = []
+    """By part; principles and rehearsal, a few requests, are not counted."""

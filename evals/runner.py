@@ -144,4 +144,5 @@ def _outcome(item: EvalTask, trajectory: Trajectory) -> TaskOutcome:
         trajectory_id=trajectory.id,
         prompt_tokens=sum(step.prompt_tokens or 0 for step in trajectory.steps),
         task_hash=content_hash(item.task.content)[:16],
+        completion_tokens=sum(step.completion_tokens or 0 for step in trajectory.steps),
     )

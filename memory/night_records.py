@@ -120,6 +120,8 @@ class TaskOutcome(Record):
     prompt_tokens: int = 0
     task_hash: str | None = None
     """Hash of what was asked and how it was judged; None in evaluations of older versions."""
+    completion_tokens: int | None = None
+    """None where it was not counted yet."""
 
     @property
     def success(self) -> bool:

@@ -66,8 +66,7 @@ def serve(
     given = {"host": host, "port": port, "keys": False if insecure else None}
     changed = {name: value for name, value in given.items() if value is not None}
     settings = settings.model_copy(update={"server": settings.server.model_copy(update=changed)})
-    # A command that starts a service for itself keeps no eye on its output: a key printed there would be lost.
-    serve_forever(settings, print_first_key=not background)
+    serve_forever(settings, background=background)
 
 
 @app.command()

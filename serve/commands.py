@@ -122,6 +122,7 @@ def follow_night(client: Client, job_id: str, console: Console) -> dict[str, Any
                 seen["after"] = event["id"]
                 bar.update(stage, description=event["stage"])
                 _show(event, bar, rows)
+            bar.update(stage, note=_left(job.get("nightschool", {}).get("progress") or {}))
             if job["status"] in FINAL:
                 bar.remove_task(stage)
                 return job
@@ -143,8 +144,24 @@ def _show(event: dict[str, Any], bar: Progress, rows: dict[str, Any]) -> None:
         _advance(bar, rows, "train", int(data.get("step") or 0), int(data["steps"]), _pace(data))
     elif data.get("total"):
         _advance(bar, rows, event["message"], data["done"], data["total"], "")
+        if data.get("stage_total"):
+            _advance(bar, rows, f"{name}, all in all", data["stage_done"], data["stage_total"], "")
     elif event["message"] != "started" and "event" not in data:
         bar.console.print(f"  [dim]{name:10}[/dim] {escape(event['message'])}", highlight=False)
+
+
+def _left(progress: dict[str, Any]) -> str:
+    """`about 40 s of it left, 3 min of the night`: as far as it is known."""
+    known = [
+        f"{_about(seconds)} {of}"
+        for of, seconds in (("of it", progress.get("left_s")), ("of the night", progress.get("night_left_s")))
+        if seconds is not None
+    ]
+    return f"left: about {', '.join(known)}" if known else ""
+
+
+def _about(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
 def _pace(data: dict[str, Any]) -> str:

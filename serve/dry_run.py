@@ -2,7 +2,7 @@
 
 Writes nothing: feedback is judged in memory, suites are frozen in a folder that goes away. Three things differ from
 the night itself: principles that it would distil first are not in the recalled blocks yet, rehearsed answers are
-counted by their prompts, and what practice would add is not among the examples.
+counted as half as long as they may be, and what practice would add is not among the examples.
 """
 
 from __future__ import annotations
@@ -22,18 +22,21 @@ from agent.prompts import compose
 from agent.verify import verify
 from distill.credit import credit
 from distill.dataset import Dataset, build, too_few
+from distill.rehearsal import ANSWER_TOKENS, PROMPTS
 from distill.snapshot import Snapshot
+from distill.train.config import TrainConfig
 from memory.errors import NotEnoughExperienceError
 from memory.ledger import Ledger
 from memory.night_records import Night
-from memory.records import Example
+from memory.records import Example, ExampleKind
 from serve.escalation import recipes_with_teacher
 from serve.stages import stages_of
-from serve.stages.budget import foretold
+from serve.stages.budget import foretold, last_trained, uncut
 from serve.stages.dataset import replayed, trains_on_pairs
 from serve.stages.material import DAYS, load_snapshot, snapshot
 from serve.stages.night_run import NightRun, Output
 from serve.stages.practice import COMPLAINTS, PRACTICE, chosen_for, practice_options
+from serve.stages.training import train_config
 from serve.stages.worth import nothing_new
 from serve.wiring import Services
 
@@ -42,15 +45,19 @@ CHARS_PER_TOKEN = 4
 
 
 class Cost(BaseModel):
-    """What training would take. Tokens are those of one pass as the last night's rows had them, else by length."""
+    """What a night would take without a budget: by the last night that trained and was examined, else by the length of
+    the texts."""
 
     rows: int
     tokens: int
+    """Trained on, all epochs together."""
     measured: bool
     """Whether an earlier night's figures are behind it."""
     train_seconds: float | None
+    practice_seconds: float | None = None
+    """None where nights do not practise, and before the first that did."""
     night_seconds: float | None
-    """All stages; None before the first night that trained."""
+    """All stages but a practice that was never timed; None before the first night that trained."""
 
 
 class PracticeForetold(BaseModel):
@@ -144,10 +151,17 @@ def print_estimate(found: Estimate, console: Console) -> None:
         console.print(told, highlight=False)
     cost = found.cost
     basis = "as the last night's" if cost.measured else "by the length of the texts"
-    console.print(f"about {cost.tokens} tokens ({basis})", highlight=False)
-    if cost.train_seconds is not None and cost.night_seconds is not None:
-        told = f"about {cost.train_seconds:.0f} s of training, {cost.night_seconds:.0f} s in all"
-        console.print(told, highlight=False)
+    console.print(f"about {cost.tokens} tokens to train on, all epochs ({basis})", highlight=False)
+    console.print(_told_of_time(cost, found.practice), highlight=False)
+
+
+def _told_of_time(cost: Cost, practice: PracticeForetold | None) -> str:
+    if cost.train_seconds is None or cost.night_seconds is None:
+        return "how long it would take is not known before the first night that trained and was examined"
+    told = f"about {cost.train_seconds:.0f} s of training, {cost.night_seconds:.0f} s in all"
+    if cost.practice_seconds is not None:
+        return f"{told}, {cost.practice_seconds:.0f} s of them practice"
+    return f"{told}, and practice, which was never timed" if practice and practice.tries else told
 
 
 def _told_of_practice(practice: PracticeForetold) -> str:
@@ -174,7 +188,8 @@ def _estimated(run: NightRun, drawn: Output, snap: Snapshot) -> Estimate:
     dataset = build(material, recipes, services.memory, compose, config, pairs=trains_on_pairs(run))
     count, needed = sum(dataset.counts.values()), settings.night.min_examples
     again = replayed(run, snap, dataset.examples)
-    cost = _cost(ledger, [*dataset.examples, *again], settings.night.rehearsal)
+    practice = _practice(run, material) if PRACTICE in stages_of(run.night) else None
+    cost = _cost(run, [*dataset.examples, *again], practice.tries if practice else 0)
     nothing = nothing_new(run, material)
     return Estimate(
         would_skip=count < needed or nothing is not None,
@@ -183,14 +198,14 @@ def _estimated(run: NightRun, drawn: Output, snap: Snapshot) -> Estimate:
             if count < needed
             else f"{count} examples to learn from, {needed} needed",
             *([nothing] if nothing else []),
-            *foretold(settings.night, cost.tokens, cost.train_seconds, cost.night_seconds),
+            *foretold(settings.night, cost.tokens, cost.train_seconds, cost.night_seconds, cost.practice_seconds or 0),
         ],
         starts_from=drawn["train_from"],
         runs=drawn["runs"],
         feedback=dict(sorted(Counter(f.trust.value for f in heard).items())),
-        examples={**dataset.counts, "replay": len(again), "rehearsal": settings.night.rehearsal},
+        examples={**dataset.counts, "replay": len(again), "rehearsal": len(PROMPTS[: settings.night.rehearsal])},
         dropped=dataset.dropped,
-        practice=_practice(run, material) if PRACTICE in stages_of(run.night) else None,
+        practice=practice,
         teacher=_teacher(material, dataset) if settings.teacher.model is not None or material.taught else None,
         cost=cost,
     )
@@ -231,27 +246,53 @@ def _skipped(drawn: Output, reason: str) -> Estimate:
     )
 
 
-def _cost(ledger: Ledger, examples: list[Example], rehearsal: int) -> Cost:
-    """By the last night that trained; its rows and tonight's are alike, the service's workloads being the same."""
-    rows = len(examples) + rehearsal
+def _cost(run: NightRun, examples: list[Example], tries: int) -> Cost:
+    """By the last night; its rows and tonight's are alike, the service's workloads being the same."""
+    ledger, settings, config = run.services.ledger, run.services.settings, train_config(run)
+    general = PROMPTS[: settings.night.rehearsal]
+    rows, pairs = len(examples) + len(general), sum(example.kind is ExampleKind.DPO for example in examples)
+    last = {stage.stage: stage for stage in last_trained(ledger)}
+    if not last:
+        chars = sum(_chars(example, config) for example in examples) + sum(map(len, general)) * config.epochs
+        tokens = chars // CHARS_PER_TOKEN + len(general) * ANSWER_TOKENS // 2 * config.epochs
+        return Cost(rows=rows, tokens=tokens, measured=False, train_seconds=None, night_seconds=None)
+    passes = (rows - pairs) * config.epochs + pairs * config.dpo_epochs
+    done, (tokens, seconds) = last["train"].output, uncut(list(last.values()))
+    # A night of an older version has not said how often it went over its rows.
+    before = done["sft_rows"] * done.get("epochs", config.epochs)
+    before += done["dpo_pairs"] * done.get("dpo_epochs", config.dpo_epochs)
+    scale, of_a_try = passes / max(1, before), _seconds_of_a_try(ledger)
+    practice = tries * of_a_try if tries and of_a_try is not None else None
+    rest = sum(stage.seconds for name, stage in last.items() if name not in ("train", PRACTICE))
+    return Cost(
+        rows=rows,
+        tokens=round(tokens * scale),
+        measured=True,
+        train_seconds=seconds * scale,
+        practice_seconds=practice,
+        night_seconds=rest + seconds * scale + (practice or 0),
+    )
+
+
+def _chars(example: Example, config: TrainConfig) -> int:
+    """Of the text that all epochs over an example read; a pair is its prompt twice, with either answer."""
+    prompt, *answers = (
+        len(json.dumps(part, ensure_ascii=False))
+        for part in (example.messages, example.chosen, example.rejected)
+        if part is not None
+    )
+    if example.kind is ExampleKind.DPO:
+        return (2 * prompt + sum(answers)) * config.dpo_epochs
+    return prompt * config.epochs
+
+
+def _seconds_of_a_try(ledger: Ledger) -> float | None:
+    """By the newest night that practised."""
     for night in reversed(ledger.nights()):
-        trained = ledger.stage(night.id, "train")
-        if trained is None:
-            continue
-        done = trained.output
-        scale = rows / max(1, done["sft_rows"] + done["dpo_pairs"])
-        rest = sum(stage.seconds for stage in ledger.stages(night.id) if stage.stage != "train")
-        seconds = done["seconds"] * scale
-        return Cost(
-            rows=rows,
-            tokens=round(done["tokens"] * scale),
-            measured=True,
-            train_seconds=seconds,
-            night_seconds=rest + seconds,
-        )
-    parts = (part for e in examples for part in (e.messages, e.chosen, e.rejected) if part is not None)
-    length = sum(len(json.dumps(part, ensure_ascii=False)) for part in parts)
-    return Cost(rows=rows, tokens=length // CHARS_PER_TOKEN, measured=False, train_seconds=None, night_seconds=None)
+        practised = ledger.stage(night.id, PRACTICE)
+        if practised is not None and practised.output["tries"]:
+            return practised.seconds / practised.output["tries"]
+    return None
 
 
 def _silent(stage: str, message: str, **data: Any) -> None:

@@ -13,6 +13,7 @@ from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from memory.night_records import Night, NightStatus
+from serve import eta
 from serve.counters import COUNTED, LATENCY, REQUESTS
 from serve.events import read_events
 from serve.replicas import Replicas
@@ -103,7 +104,8 @@ class _Standing:
             yield from self._night(running)
 
     def _night(self, night: Night) -> Iterator[GaugeMetricFamily]:
-        told = standing(read_events(self._services.settings.night_dir(night.id)))
+        events = read_events(self._services.settings.night_dir(night.id))
+        told, where = standing(events), eta.standing(self._services.ledger, night, events)
         family = GaugeMetricFamily("nightschool_night_stage", "The stage a night is in.", labels=["stage"])
         at = told.get("stage", next(iter(STAGES)))
         for stage in dict.fromkeys((*STAGES, at)):
@@ -112,6 +114,9 @@ class _Standing:
         for name, what in FIGURES.items():
             if name in told:
                 yield _gauge(f"night_{name}", what, told[name])
+        for name, (what, value) in _progress(where).items():
+            if value is not None:
+                yield _gauge(f"night_{name}", what, value)
 
 
 FIGURES = {
@@ -120,8 +125,19 @@ FIGURES = {
     "loss": "The last training step's loss.",
     "tokens": "Tokens trained on.",
     "tokens_per_s": "The trainer's pace.",
-    "eta_s": "Seconds of training left.",
 }
+
+
+def _progress(where: eta.Standing) -> dict[str, tuple[str, float | None]]:
+    return {
+        "stage_done": ("Steps or runs of the stage done.", where.done),
+        "stage_total": ("Steps or runs that the stage has to do.", where.total),
+        "eta_s": ("Seconds left of the stage.", where.left_s),
+        "left_s": (
+            "Seconds left of the whole night, by how long the stages to come took last time.",
+            where.night_left_s,
+        ),
+    }
 
 
 def standing(events: list[dict[str, Any]]) -> dict[str, Any]:

@@ -47,10 +47,12 @@ class NightSchool:
         unfinished = [n for n in self._services.ledger.nights() if n.status is NightStatus.RUNNING]
         return unfinished[-1] if unfinished else None
 
-    def newest(self) -> datetime | None:
-        """When the newest night began, on the machine's own (naive) clock."""
+    def last_at_work(self) -> datetime | None:
+        """When the newest night ended or, while it runs, began; on the machine's own (naive) clock."""
         nights = self._services.ledger.nights()
-        return nights[-1].created_at.astimezone().replace(tzinfo=None) if nights else None
+        known = (nights[-1].created_at, nights[-1].ended_at) if nights else ()
+        # The later one by the clock on the wall, which went back where summer time ended meanwhile.
+        return max((at.astimezone().replace(tzinfo=None) for at in known if at is not None), default=None)
 
     def resume(self) -> None:
         """At start: a night that the ledger knows as running goes on (DBOS skips the steps that are done)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from evals.night_report import (
     Recipe,
     Sample,
     TeacherHelp,
+    Tokens,
     Training,
 )
 from evals.page import write_page
@@ -26,7 +27,7 @@ from evals.report import Gain, Measured, Row, build_report, build_row
 from memory import escalations
 from memory.ledger import Ledger
 from memory.night_records import Evaluation, Generation, Night, NightStatus
-from memory.records import Example, Purpose
+from memory.records import Example, Purpose, Trajectory
 from serve.voices import voices
 
 SAMPLES = 3
@@ -69,6 +70,8 @@ def night_report(ledger: Ledger, night: Night, model: str, *, tenant: str | None
     # What went wrong behind the decision is the night's word, and stands beside the gate's.
     reasons = [*judged, *(reason for reason in night.reasons if reason not in judged)]
     trained = outputs.get("train")
+    tries = _tries(ledger, outputs) if "practice" in outputs else None
+    teacher = _teacher(ledger, night, drawn["upto"]["trajectory"]) if "upto" in drawn else None
     return NightReport(
         night=night.id,
         status=status,
@@ -85,10 +88,11 @@ def night_report(ledger: Ledger, night: Night, model: str, *, tenant: str | None
         learned=learned,
         recipes=_recipes(examples, mine),
         dropped=outputs.get("dataset", {}).get("dropped", {}),
-        practice=_practice(ledger, outputs, examples, tenant) if "practice" in outputs else None,
-        teacher=_teacher(ledger, night, drawn["upto"]["trajectory"]) if "upto" in drawn else None,
+        practice=_practice(outputs["practice"], tries, examples, tenant) if tries is not None else None,
+        teacher=teacher,
         training=_training(trained) if trained else None,
         seconds={stage.stage: round(stage.seconds, 1) for stage in ledger.stages(night.id)},
+        tokens=list(_tokens(tries, trained, ledger.evaluations(night_id=night.id), teacher)),
     )
 
 
@@ -193,15 +197,45 @@ def _sample(example: Example) -> Sample:
     )
 
 
+def _tries(ledger: Ledger, outputs: dict[str, dict[str, Any]]) -> list[Trajectory]:
+    """The night's practice: its runs between the night's line and the end of the stage."""
+    line, end = outputs["snapshot"]["upto"]["trajectory"], outputs["practice"]["upto"]
+    return ledger.trajectories(after_seq=line, upto_seq=end, purpose=Purpose.PRACTICE)
+
+
+def _spent(runs: Sequence[Trajectory]) -> tuple[int, int]:
+    """Prompt and completion tokens."""
+    steps = [step for run in runs for step in run.steps]
+    return sum(step.prompt_tokens or 0 for step in steps), sum(step.completion_tokens or 0 for step in steps)
+
+
+def _tokens(
+    tries: Sequence[Trajectory] | None,
+    trained: dict[str, Any] | None,
+    evaluations: Sequence[Evaluation],
+    teacher: TeacherHelp | None,
+) -> Iterator[Tokens]:
+    if tries is not None:
+        prompt, completion = _spent(tries)
+        yield Tokens(part="practice", prompt=prompt, completion=completion, total=prompt + completion)
+    if trained is not None:
+        yield Tokens(part="training", total=trained["tokens"])
+    if outcomes := [outcome for evaluation in evaluations for outcome in evaluation.outcomes]:
+        prompt, said = sum(o.prompt_tokens for o in outcomes), [o.completion_tokens for o in outcomes]
+        known = [count for count in said if count is not None]
+        completion = sum(known) if len(known) == len(said) else None
+        yield Tokens(part="evaluation", prompt=prompt, completion=completion, total=prompt + sum(known))
+    if teacher is not None:
+        yield Tokens(part="teacher", total=teacher.day.tokens)
+
+
 def _practice(
-    ledger: Ledger, outputs: dict[str, dict[str, Any]], examples: Sequence[Example], tenant: str | None
+    stage: dict[str, Any], runs: Sequence[Trajectory], examples: Sequence[Example], tenant: str | None
 ) -> Practice:
-    """What was tried, by workload. The runs are those between the night's line and the end of the stage."""
-    stage, line = outputs["practice"], outputs["snapshot"]["upto"]["trajectory"]
-    runs = ledger.trajectories(after_seq=line, upto_seq=stage["upto"], purpose=Purpose.PRACTICE)
+    """What was tried, by workload."""
     arm_of = {run.id: (run.tenant, run.workload) for run in runs}
     behind = [{arm_of[id] for id in example.sources if id in arm_of} for example in examples]
-    tokens = {run.id: sum((s.prompt_tokens or 0) + (s.completion_tokens or 0) for s in run.steps) for run in runs}
+    tokens = {run.id: sum(_spent([run])) for run in runs}
     arms = [ArmFigures.model_validate(arm) for arm in stage["arms"]]
     chosen, tenants = sum(arm.chosen for arm in arms), {arm.tenant for arm in arms}
     workloads: list[PractisedWorkload] = []
@@ -230,6 +264,7 @@ def _practice(
         tries=stage["tries"],
         successes=stage["successes"],
         tokens=sum(tokens.values()),
+        left_out=stage.get("left_out", 0),
         examples=sum(bool(found) for found in behind),
         workloads=workloads,
     )

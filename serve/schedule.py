@@ -1,28 +1,37 @@
 """Nights by the clock: at the times of a cron expression a night begins, unless one is running.
 
-Owns nothing durable: the times follow from the settings, the night itself is `serve.night`'s, and whether a time was
-kept is in the ledger: a service that comes up within `LATE` of a time at which no night began, begins it. A time that
-passed longer ago, while no service ran or the machine slept, is not made up.
+A time that passed while no service ran, or while the machine slept, is made up, up to `night.catch_up_s` later; one
+night makes up for all that passed. Durable are only the moment since which the expression is in force (a file in the
+data folder: a schedule that was just set has missed nothing) and the nights themselves, by which a time that was kept
+is known as kept, whatever died since.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from datetime import datetime, timedelta
+from pathlib import Path
 from typing import Any
 
-from memory.errors import ConflictError, NightschoolError
+from memory.errors import ConflictError, LedgerError, NightschoolError, boundary
 
 log = logging.getLogger(__name__)
 
 LATE = timedelta(minutes=5)
-"""Later than this, the time was missed."""
+"""A timer, a clock that is set or a restart may be late by so much and still be in time."""
 
 LONGEST_NAP_S = 60.0
 """A clock that is set, or a machine that slept, is noticed after so long."""
+
+AUTUMN = timedelta(hours=1)
+"""What lies further ahead of the clock was written by a clock that went wrong, not before the end of summer time."""
+
+FILE = "schedule.json"
+"""In the data folder: the expression and since when it has been in force."""
 
 MISSED = "no night began at %s, and it is not made up"
 
@@ -50,32 +59,53 @@ def check(cron: str) -> str:
     return cron
 
 
+def in_force_since(folder: Path, cron: str | None, now: datetime) -> datetime:
+    """Since when this has been the schedule, on the clock of `now`: from now on, where it was another or none."""
+    path = folder / FILE
+    with boundary(LedgerError, f"cannot keep {path}"):
+        if cron is None:
+            path.unlink(missing_ok=True)
+            return now
+        with suppress(FileNotFoundError, ValueError, KeyError):
+            known = json.loads(path.read_text(encoding="utf-8"))
+            if known["cron"] == cron:
+                return datetime.fromisoformat(known["since"])
+        half = path.with_suffix(".half")
+        half.write_text(json.dumps({"cron": cron, "since": now.isoformat()}), encoding="utf-8")
+        half.replace(path)
+    return now
+
+
 async def keep(
     cron: str,
     begin: Callable[[], object],
+    settled: Callable[[], datetime],
+    catch_up: timedelta = LATE,
     clock: Callable[[], datetime] = datetime.now,
     sleep: Callable[[float], Awaitable[Any]] = asyncio.sleep,
-    last: Callable[[], datetime | None] | None = None,
 ) -> None:
-    """Call `begin`, in a thread, at every time of `cron`; until cancelled. What it refuses is logged.
+    """Call `begin`, in a thread, at every time of `cron`, or up to `catch_up` later; until cancelled. What it refuses
+    is logged.
 
-    `last`: when the newest night began, on the same clock. Without it the times before the start are over.
+    `settled`: the moment up to which all times are kept or over, on the same (naive, local) clock; asked at the start.
     """
-    # The service may have been killed at the very time, or a moment before it.
-    after = clock() - LATE if last is not None else clock()
-    newest = await asyncio.to_thread(_told, last) if last is not None else None
-    if newest is not None:
-        if (missed := last_time(cron, after)) > newest:
-            log.warning(MISSED, missed)
-        after = max(after, newest)
+    late = max(LATE, catch_up)
+    over = await _told(settled, sleep)
+    if over > clock() + AUTUMN:
+        over = clock()
+    after = max(over, clock() - late)
+    if (missed := last_time(cron, after)) > over:
+        log.warning(MISSED, missed)
     while True:
         due = next_time(cron, after)
         while (left := (due - clock()).total_seconds()) > 0:
             await sleep(min(left, LONGEST_NAP_S))
-        after = clock()
-        if after - due > LATE:
+        if clock() - due > late:
             log.warning(MISSED, due)
+            # Of the times that were slept through, later ones may still be in time.
+            after = max(due, clock() - late)
             continue
+        after = max(due, clock())
         try:
             await asyncio.to_thread(begin)
             log.info("the night of %s began", due)
@@ -88,24 +118,25 @@ async def keep(
             log.exception("the night of %s could not begin", due)
 
 
-def _told(last: Callable[[], datetime | None]) -> datetime | None:
-    """When the newest night began; None where the ledger does not say: `begin` refuses what runs."""
-    try:
-        return last()
-    except NightschoolError as exc:
-        log.warning("the last night is not known: %s", exc)
-        return None
+async def _told(settled: Callable[[], datetime], sleep: Callable[[float], Awaitable[Any]]) -> datetime:
+    """What is settled. A ledger that is away is waited for: without it a night would be begun a second time."""
+    while True:
+        try:
+            return await asyncio.to_thread(settled)
+        except NightschoolError as exc:
+            log.warning("which nights have been is not known yet: %s", exc)
+        await sleep(LONGEST_NAP_S)
 
 
 @asynccontextmanager
 async def kept(
-    cron: str | None, begin: Callable[[], object], last: Callable[[], datetime | None] | None = None
+    cron: str | None, begin: Callable[[], object], settled: Callable[[], datetime], catch_up: timedelta = LATE
 ) -> AsyncIterator[None]:
     """`keep`, for as long as the block lasts; nothing without a schedule."""
     if cron is None:
         yield
         return
-    keeper = asyncio.create_task(keep(cron, begin, last=last))
+    keeper = asyncio.create_task(keep(cron, begin, settled, catch_up))
     try:
         yield
     finally:

@@ -9,14 +9,20 @@ import secrets
 import signal
 import socket
 import time
+from contextlib import AbstractAsyncContextManager, nullcontext
+from datetime import datetime, timedelta
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from memory.errors import ConfigError
 from memory.keys import mint_first
 from memory.ledger import Ledger
+from serve import schedule
 from serve.api.middleware import Gate
 from serve.settings import Settings
+
+if TYPE_CHECKING:
+    from serve.night import NightSchool
 
 BACKLOG = 2048
 DRAIN_S = 30.0
@@ -33,10 +39,11 @@ The admin key of this service, shown this once (`nightschool keys create` makes 
 """
 
 
-def serve_forever(settings: Settings, *, print_first_key: bool = True) -> None:
+def serve_forever(settings: Settings, *, background: bool = False) -> None:
     """Serve until SIGINT or SIGTERM, then drain. NightschoolError when it cannot start.
 
-    `print_first_key`: where there has never been a key, make one and print it.
+    Where there has never been a key, one is made and printed. `background`: a command starts it for itself. It keeps no
+    eye on the output, where a key would be lost, and a night begun by the clock would end with the command.
     """
     listener = bind(settings.server.host, settings.server.port, keys=settings.server.keys)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -44,7 +51,7 @@ def serve_forever(settings: Settings, *, print_first_key: bool = True) -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     import uvloop
 
-    uvloop.run(_serve(settings, listener, print_first_key))
+    uvloop.run(_serve(settings, listener, background))
 
 
 def bind(host: str, port: int, *, keys: bool = True) -> socket.socket:
@@ -111,10 +118,10 @@ def drain_first(server: Any, gate: Gate, loop: asyncio.AbstractEventLoop) -> Non
     server.handle_exit = on_signal
 
 
-async def _serve(settings: Settings, listener: socket.socket, print_first_key: bool) -> None:
+async def _serve(settings: Settings, listener: socket.socket, background: bool) -> None:
     import uvicorn
 
-    from serve import batch_run, durable, schedule, watching
+    from serve import batch_run, durable, watching
     from serve.api.app import create_app
     from serve.night import NightSchool
     from serve.wiring import announce, build
@@ -126,7 +133,7 @@ async def _serve(settings: Settings, listener: socket.socket, print_first_key: b
         try:
             await asyncio.to_thread(nights.resume)
             await asyncio.to_thread(batch_run.resume, services)
-            if settings.server.keys and print_first_key:
+            if settings.server.keys and not background:
                 await asyncio.to_thread(_print_first_key, services.ledger)
             token = secrets.token_urlsafe(32)
             app = create_app(services, nights, token)
@@ -140,11 +147,22 @@ async def _serve(settings: Settings, listener: socket.socket, print_first_key: b
             url = local_url(listener)
             announce(settings.data_dir, url, token)
             log.info("OpenAI-compatible endpoint on %s/v1", url)
-            by_the_clock = schedule.kept(settings.night.schedule, lambda: nights.start({}), nights.newest)
-            async with by_the_clock, watching.kept(services):
+            async with _by_the_clock(settings, nights, background), watching.kept(services):
                 await server.serve(sockets=[listener])
         finally:
             await asyncio.to_thread(durable.shut_down)
+
+
+def _by_the_clock(settings: Settings, nights: NightSchool, background: bool) -> AbstractAsyncContextManager[None]:
+    if background:
+        return nullcontext()
+    cron, catch_up = settings.night.schedule, timedelta(seconds=settings.night.catch_up_s)
+    since = schedule.in_force_since(settings.data_dir, cron, datetime.now())
+
+    def settled() -> datetime:
+        return max(since, nights.last_at_work() or since)
+
+    return schedule.kept(cron, lambda: nights.start({}), settled, catch_up)
 
 
 def _print_first_key(ledger: Ledger) -> None:

@@ -96,7 +96,7 @@ class NightConfig(BaseModel):
     max_seconds: float | None = Field(
         default=None,
         gt=0,
-        description="time for a night: training is cut to fit, evaluation never (the first night keeps half for it)",
+        description="time for a night: practice and training are cut to fit, evaluation never (the first keeps half)",
     )
     max_tokens: int | None = Field(default=None, ge=1, description="tokens trained on in a night, all epochs together")
     practice: int = Field(default=0, ge=0, description="earlier tasks that the champion tries again in one night")
@@ -104,6 +104,9 @@ class NightConfig(BaseModel):
     practice_temperature: float = Field(default=0.8, gt=0, le=2, description="of those tries: equal ones teach nothing")
     schedule: Annotated[str, AfterValidator(check)] | None = Field(
         default=None, description="cron expression, local time ('0 2 * * *'): the service begins a night then"
+    )
+    catch_up_s: float = Field(
+        default=10_800, ge=0, description="a time missed by no more is made up; later the day has begun. 0: 5 minutes"
     )
 
 

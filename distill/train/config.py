@@ -150,6 +150,8 @@ class TrainResult(BaseModel):
     """One figure per step and phase (`sft`, `dpo`)."""
     tokens: int
     """Tokens run through the model, all epochs, without padding."""
+    planned_tokens: int | None = None
+    """What they would have been without a budget; None of a trainer that did not say."""
     trained_tokens: int
     """Those of them that the loss fell on."""
     mask_share: float

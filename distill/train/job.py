@@ -107,7 +107,8 @@ def train(job: TrainJob) -> TrainResult:
     between = None
     if progress.main and config.interpolate:
         policy, between = toward_previous(job, config, tokenizer, policy)
-    result = _result(job, config, note, data, progress, tally).model_copy(update={"interpolation": between})
+    result = _result(job, config, note, data, progress, tally)
+    result = result.model_copy(update={"planned_tokens": total, "interpolation": between})
     if progress.main:
         _publish(job, policy, result)
         progress.say("done", step=tally.steps, steps=tally.steps, tokens=result.tokens, eta_s=0.0, note=note)

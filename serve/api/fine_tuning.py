@@ -14,13 +14,14 @@ from distill.uploads import Method
 from memory import files
 from memory.errors import ConfigError, NotEnoughExperienceError
 from memory.night_records import Night, NightStatus
+from memory.records import now
 from serve import dry_run, promotion
 from serve.api.auth import Caller, Scope, caller_of, requires
 from serve.api.night_views import decision_for, event_for, own_workloads, reasons_for, sees_all
+from serve.eta import Standing, standing
 from serve.events import read_events
 from serve.night import NightSchool
 from serve.since import moment
-from serve.stages.budget import after_training
 from serve.stages.dataset import uploaded_examples
 from serve.wiring import Services
 
@@ -146,13 +147,14 @@ def job_object(services: Services, night: Night, caller: Caller) -> dict[str, An
     given = night.options.get("hyperparameters", {})
     auto = {"n_epochs": "auto", "batch_size": "auto", "learning_rate_multiplier": "auto"}
     hyperparameters = auto | ({"beta": "auto"} if kind == "dpo" else {}) | given
+    progress = _progress(services, night) if status == "running" else None
     error = {"code": night.status, "message": "; ".join(reasons), "param": None}
     return {
         "id": night.id,
         "object": "fine_tuning.job",
         "created_at": int(night.created_at.timestamp()),
         "finished_at": int(night.ended_at.timestamp()) if night.ended_at else None,
-        "estimated_finish": _estimated_finish(services, night) if status == "running" and trained is None else None,
+        "estimated_finish": _estimated_finish(progress),
         "model": promotion.AGENT_MODEL,
         "fine_tuned_model": f"{promotion.AGENT_MODEL}:gen-{night.candidate}" if ended_well else None,
         "organization_id": "nightschool",
@@ -173,19 +175,21 @@ def job_object(services: Services, night: Night, caller: Caller) -> dict[str, An
             "reasons": reasons,
             "report": night.report_path if sees_all(caller) else None,
             "decision": decision,
+            "progress": progress.model_dump() if progress else None,
             "stages": {s.stage: round(s.seconds, 1) for s in services.ledger.stages(night.id)},
         },
     }
 
 
-def _estimated_finish(services: Services, night: Night) -> int | None:
-    """When training ends by its own word, and then what followed it last time; None before it knows, and the first
-    time."""
-    told = [event for event in read_events(services.settings.night_dir(night.id)) if "eta_s" in event["data"]]
-    after = after_training(services.ledger)
-    if not told or after is None:
+def _progress(services: Services, night: Night) -> Standing:
+    return standing(services.ledger, night, read_events(services.settings.night_dir(night.id)))
+
+
+def _estimated_finish(progress: Standing | None) -> int | None:
+    """None once the job has ended, and before there was a night to go by."""
+    if progress is None or progress.night_left_s is None:
         return None
-    return int(datetime.fromisoformat(told[-1]["at"]).timestamp() + told[-1]["data"]["eta_s"] + after)
+    return int(now().timestamp() + progress.night_left_s)
 
 
 def decision_of(services: Services, night: Night) -> dict[str, Any] | None:

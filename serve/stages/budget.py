@@ -1,4 +1,4 @@
-"""What a night may spend on training. Everything else it does is not cut, evaluation least of all."""
+"""What a night may spend on practice and training. Everything else it does is not cut, evaluation least of all."""
 
 from __future__ import annotations
 
@@ -29,16 +29,80 @@ def training_limits(run: NightRun) -> dict[str, Any]:
     return limits
 
 
+def practice_limit(run: NightRun) -> float | None:
+    """Seconds that tonight's practice may take: what the exam and training need is kept for them, but practice may
+    have half of what the exam leaves in any case, as before the first training nobody knows what that needs. None = no
+    limit."""
+    config, ledger = run.services.settings.night, run.services.ledger
+    if config.max_seconds is None:
+        return None
+    spent, kept = _committed(config.max_seconds, ledger, run.night.id)
+    last = last_trained(ledger)
+    return practice_share(config.max_seconds - spent - kept, uncut(last)[1] if last else None)
+
+
+def practice_share(left: float, training: float | None) -> float:
+    """Of `left` seconds for practice and training together, those of practice; `training`: what it would take."""
+    return max(0.0, left / 2, left - training if training is not None else 0.0)
+
+
+def after_training(ledger: Ledger) -> float | None:
+    """How long evaluation, with all that follows, took last time; None when no night has come so far."""
+    last = last_trained(ledger)
+    return sum(stage.seconds for stage in last[_place(last, "train") + 1 :]) if last else None
+
+
+def foretold(
+    config: NightConfig,
+    tokens: int,
+    train_seconds: float | None,
+    night_seconds: float | None,
+    practice_seconds: float = 0.0,
+) -> list[str]:
+    """What a dry run says of the budget; nothing where it is kept without being felt."""
+    told: list[str] = []
+    if config.max_tokens is not None and tokens > config.max_tokens:
+        told.append(f"night.max_tokens shortens training to about {config.max_tokens / tokens:.0%} of its steps")
+    if config.max_seconds is None:
+        return told
+    if not train_seconds or not night_seconds:
+        return [*told, "what night.max_seconds leaves to train is not known before the first night"]
+    left = config.max_seconds - (night_seconds - practice_seconds - train_seconds)
+    practice = min(practice_seconds, practice_share(left, train_seconds))
+    if practice < practice_seconds:
+        told.append(f"night.max_seconds shortens practice to about {practice / practice_seconds:.0%} of its tries")
+    share = (left - practice) / train_seconds
+    if share <= 0:
+        told.append("night.max_seconds leaves no time to train: the night would skip itself")
+    elif share < 1:
+        told.append(f"night.max_seconds shortens training to about {share:.0%} of its steps")
+    return told
+
+
+def last_trained(ledger: Ledger) -> list[StageRun]:
+    """The stages of the newest night that trained and went on to its end; none without one."""
+    for night in reversed(ledger.nights()):
+        stages = ledger.stages(night.id)
+        if {"train", "evaluate"} <= {stage.stage for stage in stages}:
+            return stages
+    return []
+
+
+def uncut(stages: list[StageRun]) -> tuple[float, float]:
+    """Tokens and seconds that training would have taken that night had no budget shortened it."""
+    done = stages[_place(stages, "train")].output
+    # An older trainer has not said what it had planned.
+    planned = done.get("planned_tokens") or done["tokens"]
+    return planned, done["seconds"] * planned / max(1, done["tokens"])
+
+
 def _affordable(config: NightConfig, ledger: Ledger, night_id: str) -> dict[str, Any]:
-    """Of the seconds, those of the stages before are spent and those that the stages after it took last time are kept
-    for them: half of what is left where no night has trained. The rest, at the last trainer's pace, is a number of
-    tokens as well: so the steps are fewer from the start, and the learning rate comes to its end.
-    """
+    """What is left of the seconds is, at the last trainer's pace, a number of tokens as well: so the steps are fewer
+    from the start, and the learning rate comes to its end."""
     limits: dict[str, Any] = {"max_tokens": config.max_tokens}
     if config.max_seconds is not None:
-        last, after = _last_trained(ledger), after_training(ledger)
-        spent = sum(stage.seconds for stage in ledger.stages(night_id))
-        kept = after if after is not None else (config.max_seconds - spent) / 2
+        last = last_trained(ledger)
+        spent, kept = _committed(config.max_seconds, ledger, night_id)
         left = config.max_seconds - spent - kept
         if left <= 0:
             told = f"no time to train: night.max_seconds is {config.max_seconds:g}, {spent:.0f} s are spent"
@@ -52,35 +116,12 @@ def _affordable(config: NightConfig, ledger: Ledger, night_id: str) -> dict[str,
     return {name: limit for name, limit in limits.items() if limit is not None}
 
 
-def after_training(ledger: Ledger) -> float | None:
-    """How long evaluation, with all that follows, took last time; None when no night has come so far."""
-    last = _last_trained(ledger)
-    return sum(stage.seconds for stage in last[_place(last, "train") + 1 :]) if last else None
-
-
-def foretold(config: NightConfig, tokens: int, train_seconds: float | None, night_seconds: float | None) -> list[str]:
-    """What a dry run says of the budget; nothing where it is kept without being felt."""
-    told: list[str] = []
-    if config.max_tokens is not None and tokens > config.max_tokens:
-        told.append(f"night.max_tokens shortens training to about {config.max_tokens / tokens:.0%} of its steps")
-    if config.max_seconds is not None and train_seconds and night_seconds and night_seconds > config.max_seconds:
-        left = max(0.0, train_seconds - (night_seconds - config.max_seconds))
-        share = left / train_seconds
-        told.append(
-            f"night.max_seconds shortens training to about {share:.0%} of its steps"
-            if share
-            else "night.max_seconds leaves no time to train: the night would skip itself"
-        )
-    return told
-
-
-def _last_trained(ledger: Ledger) -> list[StageRun]:
-    """The stages of the newest night that trained and went on to its end; none without one."""
-    for night in reversed(ledger.nights()):
-        stages = ledger.stages(night.id)
-        if {"train", "evaluate"} <= {stage.stage for stage in stages}:
-            return stages
-    return []
+def _committed(max_seconds: float, ledger: Ledger, night_id: str) -> tuple[float, float]:
+    """Seconds that the stages so far have spent, and those kept for the exam with all that follows it: as many as it
+    took last time, or half of what the night has for practice, training and exam where no night has come so far."""
+    took = {stage.stage: stage.seconds for stage in ledger.stages(night_id)}
+    spent, after = sum(took.values()), after_training(ledger)
+    return spent, after if after is not None else (max_seconds - spent + took.get("practice", 0.0)) / 2
 
 
 def _place(stages: list[StageRun], name: str) -> int:

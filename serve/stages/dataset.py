@@ -10,7 +10,7 @@ from typing import Any
 from agent.llm import ChatRequest
 from agent.prompts import compose
 from distill.dataset import Caps, Dataset, DatasetConfig, build, build_uploaded, read_manifest, served_of, write
-from distill.rehearsal import RECIPE, Answer, rehearse
+from distill.rehearsal import ANSWER_TOKENS, RECIPE, Answer, rehearse
 from distill.replay import replay, replay_shares, retention
 from distill.snapshot import Snapshot
 from distill.uploads import RECIPE as UPLOADED
@@ -28,7 +28,7 @@ from serve.stages.training import train_config
 from serve.stages.worth import nothing_new
 from serve.wiring import Services, keep_task
 
-REHEARSED = {"temperature": 0.0, "max_tokens": 96}
+REHEARSED = {"temperature": 0.0, "max_tokens": ANSWER_TOKENS}
 """How the base model is asked."""
 
 

@@ -24,17 +24,21 @@ REMEASURED = 3
 def measure(run: NightRun) -> Output:
     """Champion and candidate on the same frozen suites, with the same memory, by the agent that serves."""
     numbers = (run.done("snapshot")["champion"], run.done("train")["generation"])
+    done, total = 0, len(numbers) * sum(len(suite.tasks) for suite in judging_suites(run))
     for number in numbers:
         for suite in judging_suites(run):
             if not _evaluations(run, number, suite):
-                run.wait(_measure(run, number, suite))
+                run.wait(_measure(run, number, suite, done, total))
+            done += len(suite.tasks)
     for suite in judging_suites(run):
         for _ in range(REMEASURED):
             if _pair(run, suite) is not None:
                 break
             run.emit("evaluate", f"memory was edited meanwhile: {suite.name} once more")
+            total += len(numbers) * len(suite.tasks)
             for number in numbers:
-                run.wait(_measure(run, number, suite))
+                run.wait(_measure(run, number, suite, done, total))
+                done += len(suite.tasks)
     return {"generations": list(numbers), "suites": {s.name: s.hash for s in judging_suites(run)}}
 
 
@@ -71,11 +75,13 @@ def _pair(run: NightRun, suite: Suite) -> tuple[Evaluation, Evaluation] | None:
     return found[-1] if found else None
 
 
-async def _measure(run: NightRun, number: int, suite: Suite) -> None:
+async def _measure(run: NightRun, number: int, suite: Suite, before: int, everything: int) -> None:
+    """`before`: the stage's runs that are done already, of `everything` it has to do."""
     services, generation = run.services, run.services.ledger.generation(number)
 
     def progress(done: int, total: int) -> None:
-        run.emit("evaluate", f"generation {number} on {suite.name}", done=done, total=total)
+        of_all = {"stage_done": before + done, "stage_total": everything}
+        run.emit("evaluate", f"generation {number} on {suite.name}", done=done, total=total, **of_all)
 
     async with services.residency.using(generation):
         evaluation, trajectories = await evaluate(

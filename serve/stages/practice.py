@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
@@ -26,6 +27,7 @@ from memory.night_records import Generation
 from memory.records import Feedback, Purpose, StopReason, Task, Trajectory
 from serve import counters, promotion
 from serve.settings import Settings
+from serve.stages.budget import practice_limit
 from serve.stages.material import DAYS, load_snapshot, on_trial
 from serve.stages.night_run import NightRun, Output
 from serve.stages.training import config_of
@@ -68,7 +70,8 @@ def practice_options(settings: Settings, options: dict[str, Any]) -> dict[str, i
 
 
 def practise(run: NightRun) -> Output:
-    """Choose by the bandit, try each task several times at a temperature, and say why these.
+    """Choose by the bandit, try each task several times at a temperature, and say why these. Where the night's time is
+    short, the tries that it leaves no room for are left out, the bandit's before those that users asked for.
 
     NotEnoughExperienceError while a canary is on trial: nothing would be trained on the tries.
     """
@@ -80,16 +83,23 @@ def practise(run: NightRun) -> Output:
     arms = [arm.model_dump() for arm in chosen.arms]
     run.emit(PRACTICE, f"{len(chosen.tasks)} tasks to practise: {told or 'there is none'}", arms=arms)
     champion = ledger.generation(run.done("snapshot")["champion"])
-    tasks = [*chosen.tasks, *chosen.hinted, *chosen.complained]
-    tries = run.wait(_tried(run, services, champion, tasks, chosen.hints))
+    tasks, limit = [*chosen.hinted, *chosen.complained, *chosen.tasks], practice_limit(run)
+    begun = run.wait(_tried(run, services, champion, tasks, chosen.hints, limit))
+    tries = [made for made in begun.values() if made is not None]
+    left_out = len(tasks) * services.settings.night.practice_samples - len(begun)
+    if left_out:
+        told = f"night.max_seconds leaves {limit:.0f} s for practice: {left_out} tries were left out"
+        run.emit(PRACTICE, told, left_out=left_out)
     counters.practised(tries)
     won = sum(one.success for one in tries)
     run.emit(PRACTICE, f"{won} of {len(tries)} tries succeeded")
+    tried = {task_id for task_id, _ in begun}
     return {
-        "tasks": len(tasks),
-        "hinted": len(chosen.hinted),
-        "complained": len(chosen.complained),
+        "tasks": len(tried),
+        "hinted": sum(task.id in tried for task in chosen.hinted),
+        "complained": sum(task.id in tried for task in chosen.complained),
         "tries": len(tries),
+        "left_out": left_out,
         "successes": won,
         "arms": arms,
         "upto": ledger.watermark()["trajectory"],
@@ -164,29 +174,34 @@ async def _tried(
     champion: Generation,
     tasks: Sequence[Task],
     hints: dict[Question, list[Feedback]],
-) -> list[Trajectory]:
-    """Every try that came to an end, those of an interrupted stage included. Every second one sees its hints."""
-    config = services.settings.night
+    limit: float | None,
+) -> dict[tuple[str, int], Trajectory | None]:
+    """Every try that was begun, by task and number, those of an interrupted stage included; None where the engine
+    failed it. Every second one sees its hints. After `limit` seconds of this attempt no other one is begun."""
+    config, started = services.settings.night, time.monotonic()
     plain = replace(services.deps, checkpointer=None)
     ways = (plain, replace(plain, recaller=Hinted(plain.recaller, hints)))
     gate = asyncio.Semaphore(config.concurrency)
     wanted = [(task, number) for task in tasks for number in range(config.practice_samples)]
+    begun: dict[tuple[str, int], Trajectory | None] = {}
     done = 0
 
-    async def one(task: Task, number: int) -> Trajectory | None:
+    async def one(task: Task, number: int) -> None:
         nonlocal done
         async with gate:
-            made = await _try(run.night.id, services, champion, task, number, ways[number % 2])
+            if limit is not None and time.monotonic() - started >= limit:
+                return
+            begun[task.id, number] = await _try(run.night.id, services, champion, task, number, ways[number % 2])
         done += 1
         run.emit(PRACTICE, "trying", done=done, total=len(wanted))
-        return made
 
     try:
         async with services.residency.using(champion), asyncio.TaskGroup() as group:
-            running = [group.create_task(one(task, number)) for task, number in wanted]
+            for task, number in wanted:
+                group.create_task(one(task, number))
     except BaseExceptionGroup as failures:
         raise failures.exceptions[0] from failures
-    return [made for each in running if (made := each.result()) is not None]
+    return begun
 
 
 async def _try(

@@ -60,7 +60,8 @@ def train(run: NightRun) -> Output:
         run.emit("train", UNCOMPARED)
     told = {"loss": losses[-1], "tokens_per_s": result.tokens_per_s, "served_prompts": result.served_prompts}
     run.emit("train", f"generation {generation.number} trained", **told)
-    return {"generation": generation.number, "losses": result.losses, **figures}
+    passes = job.config.model_dump(include={"epochs", "dpo_epochs"})
+    return {"generation": generation.number, "losses": result.losses, **passes, **figures}
 
 
 def train_config(run: NightRun) -> TrainConfig:

@@ -284,6 +284,7 @@ def test_a_budget_of_tokens_shortens_the_run_from_its_start_and_says_so(tmp_path
     planned = events_of(job, "start")[0]["steps"]
     done = events_of(job, "step")[-1]["step"]
     assert part.reference_loss == pytest.approx(0.6931, abs=1e-4)
+    assert part.planned_tokens == whole.tokens
     if fits:
         assert (part.losses, part.tokens, part.note) == (whole.losses, whole.tokens, "")
         assert (planned, done) == (18, 18)

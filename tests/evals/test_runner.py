@@ -50,6 +50,8 @@ def test_outcomes_stand_in_the_suites_order_with_their_runs() -> None:
     evaluation, trajectories = run(words(5), deps)
     assert [o.success for o in evaluation.outcomes] == [True, True, False, True, True]
     assert [o.trajectory_id for o in evaluation.outcomes] == [t.id for t in trajectories]
+    spent = [(o.prompt_tokens, o.completion_tokens) for o in evaluation.outcomes]
+    assert spent == [(sum(s.prompt_tokens or 0 for s in t.steps), 1) for t in trajectories]
     assert evaluation.suite_hash == words(5).hash
     assert (evaluation.generation, evaluation.settings["max_turns"]) == (3, 4)
     assert {t.purpose for t in trajectories} == {Purpose.EVAL}

@@ -75,13 +75,21 @@ def test_what_cannot_be_done_is_one_line(folder: Path, arguments: list[str], sai
 
 
 class Told:
-    """A service whose night has these events and is over."""
+    """A service whose night has these events and is over, once it has said where it stood."""
 
-    def __init__(self, events: list[dict[str, Any]]) -> None:
+    def __init__(self, events: list[dict[str, Any]], *progress: dict[str, Any]) -> None:
         self.events = [{"id": f"ftevent-n-{i}", **event} for i, event in enumerate(events)]
+        self.progress = list(progress)
 
     def get(self, path: str, **params: Any) -> dict[str, Any]:
-        return {"data": self.events} if path.endswith("/events") else {"id": "night_1", "status": "succeeded"}
+        if path.endswith("/events"):
+            return {"data": [] if "after" in params else self.events}
+        where = self.progress.pop(0) if self.progress else None
+        return {
+            "id": "night_1",
+            "status": "running" if where else "succeeded",
+            "nightschool": {"status": "running", "progress": where},
+        }
 
 
 def test_a_followed_night_shows_step_loss_tokens_and_pace() -> None:
@@ -105,6 +113,19 @@ def test_a_followed_night_shows_step_loss_tokens_and_pace() -> None:
         "4/8",
     ):
         assert told in shown
+
+
+def test_a_followed_exam_shows_all_its_runs_and_how_long_they_and_the_night_still_take() -> None:
+    runs = {"done": 4, "total": 8, "stage_done": 20, "stage_total": 48}
+    events = [{"stage": "evaluate", "message": "generation 0 on held_out", "data": runs}]
+    console = Console(width=200, record=True, force_terminal=True)
+    known = {"stage": "evaluate", "done": 20, "total": 48, "left_s": 42.3, "night_left_s": 130.0}
+    unknown = {**known, "left_s": None, "night_left_s": None}
+    follow_night(cast(Client, Told(events, known, unknown)), "night_1", console)
+    shown = console.export_text()
+    for told in ("generation 0 on held_out", "4/8", "evaluate, all in all", "20/48"):
+        assert told in shown
+    assert "left: about 42 s of it, 2 min of the night" in shown
 
 
 def test_a_killed_night_goes_on_and_the_terminal_says_where() -> None:

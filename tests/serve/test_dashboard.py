@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ from prometheus_client.parser import text_string_to_metric_families
 from agent.llm import ChatRequest
 from evals.gate import GateConfig, decide
 from memory import keys
+from memory.escalations import EscalationFigures
 from memory.night_records import Evaluation, Generation, GenerationStatus, Night, NightStatus, StageRun, TaskOutcome
 from memory.records import Example, ExampleKind, Feedback, FeedbackKind, Purpose, StopReason, Task, Trajectory
 from serve import metrics
 from serve.api.dashboard import page
+from serve.eta import Standing
 from serve.events import emitter
 from serve.metrics import standing
 from serve.settings import ServerConfig
@@ -137,6 +140,13 @@ def test_the_page_travels_with_the_package() -> None:
     assert '"*.html"' in pyproject
 
 
+def test_the_page_shows_what_the_night_and_the_teachers_help_have() -> None:
+    text, _ = page()
+    assert set(re.findall(r"\bwhere\.(\w+)", text)) == set(Standing.model_fields)
+    read = set(re.findall(r"\b(?:help|escalation)\.(\w+)", text))
+    assert read == {"rate", "escalated", "requests", "tokens", "cost_usd"} <= set(EscalationFigures.model_fields)
+
+
 def figures(url: str, key: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
     reply = get(f"{url}/metrics", key)
     assert reply.headers["content-type"].startswith("text/plain")
@@ -190,8 +200,19 @@ def test_metrics_show_where_a_running_night_is(service: tuple[str, Services, Nig
     assert told["nightschool_night_running", ()] == 1
     assert told["nightschool_night_stage", (("stage", "train"),)] == 1
     assert told["nightschool_night_stage", (("stage", "evaluate"),)] == 0
-    shown = {name: told[f"nightschool_night_{name}", ()] for name in ("step", "steps", "loss", "tokens_per_s", "eta_s")}
-    assert shown == {"step": 3, "steps": 9, "loss": 0.5, "tokens_per_s": 60, "eta_s": 12}
+    shown = {name: told[f"nightschool_night_{name}", ()] for name in ("step", "steps", "loss", "tokens_per_s")}
+    assert shown == {"step": 3, "steps": 9, "loss": 0.5, "tokens_per_s": 60}
+    assert told["nightschool_night_eta_s", ()] == pytest.approx(12, abs=3)
+    assert ("nightschool_night_left_s", ()) not in told
+    emit("evaluate", "started")
+    emit("evaluate", "generation 0 on chat", done=0, total=4, stage_done=0, stage_total=80)
+    # Training's time is over: it is not the exam's.
+    assert ("nightschool_night_eta_s", ()) not in figures(url, key)
+    emit("evaluate", "generation 0 on chat", done=4, total=4, stage_done=20, stage_total=80)
+    told = figures(url, key)
+    assert told["nightschool_night_stage", (("stage", "evaluate"),)] == 1
+    assert (told["nightschool_night_stage_done", ()], told["nightschool_night_stage_total", ()]) == (20, 80)
+    assert told["nightschool_night_eta_s", ()] >= 0
     services.ledger.end_night(night.id, NightStatus.CANCELLED, ["a test"])
 
 
@@ -259,6 +280,29 @@ def test_the_report_tells_the_decision_the_curve_and_the_cost(service: tuple[str
     assert told["gain"]["points"] == 100
     assert told["training"]["losses"] == {"sft": [2.0, 1.0]}
     assert told["seconds"]["train"] == 1.0
+
+
+def test_the_report_tells_the_cost_in_tokens_by_part(service: tuple[str, Services, Night], key: str) -> None:
+    url, services, night = service
+    training = {"part": "training", "prompt": None, "completion": None, "total": 9}
+    # As an older version left it: only the prompts of its exam were counted.
+    exam = {"part": "evaluation", "prompt": 600, "completion": None, "total": 600}
+    path = f"{url}/v1/nights/{night.id}/report"
+    assert get(path, key).json()["tokens"] == [training, exam]
+    shown = re.sub(r"<[^>]+>", "|", get(path, key, format="html").text)
+    assert "|training, all its steps||||||9||||evaluation||600||||600|" in shown
+    counted = Night()
+    services.ledger.add_night(counted)
+    outcomes = [TaskOutcome(key=str(n), workload="w", score=1.0, prompt_tokens=50, completion_tokens=n) for n in (3, 4)]
+    services.ledger.add_evaluation(
+        Evaluation(
+            suite="held_out", suite_hash="c", role="held_out", generation=0, memory=True, outcomes=outcomes,
+            seconds=1.0, night_id=counted.id,
+        )
+    )  # fmt: skip
+    services.ledger.end_night(counted.id, NightStatus.FAILED, ["a test"])
+    (told,) = get(f"{url}/v1/nights/{counted.id}/report", key).json()["tokens"]
+    assert told == {"part": "evaluation", "prompt": 100, "completion": 7, "total": 107}
 
 
 def test_what_hostile_runs_say_stays_text_in_the_page(service: tuple[str, Services, Night]) -> None:

@@ -252,6 +252,7 @@ def test_the_report_tells_the_help_of_the_day_and_of_each_generation(ledger: Led
     assert shown == [[(4, 1, 0, 1), (7, 1, 0, 1)], [(3, 1, 1, 0), (10, 2, 1, 1)], [(0, 0, 0, 0), (10, 2, 1, 1)]]
     report = night_report(ledger, second, "m")
     assert report.teacher is not None
+    assert [(t.part, t.total) for t in report.tokens] == [("teacher", report.teacher.day.tokens)]
     assert (report.teacher.day.rate, report.teacher.day.cost_usd) == (1 / 3, 0.01)
     assert report.teacher.generations[0].cost_usd == pytest.approx(0.02)
     page = render_night(report)

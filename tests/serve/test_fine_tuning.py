@@ -228,17 +228,29 @@ def test_an_ended_or_unknown_job_cannot_be_cancelled(service: tuple[openai.OpenA
         client.fine_tuning.jobs.list_events(newest, after="ftevent-other-1")
 
 
-def test_a_job_that_trains_says_when_it_will_have_ended(service: tuple[openai.OpenAI, Services]) -> None:
+def test_a_running_job_says_how_far_it_is_and_when_it_will_have_ended(service: tuple[openai.OpenAI, Services]) -> None:
     (client, services), (before, night) = service, (Night(), Night())
     services.ledger.add_night(before)
-    for stage, seconds in (("train", 20.0), ("evaluate", 30.0), ("report", 2.0)):
+    took = {"train": 20.0, "evaluate": 30.0, "decide": 1.0, "publish": 1.0, "report": 2.0}
+    for stage, seconds in took.items():
         services.ledger.record_stage(StageRun(night_id=before.id, stage=stage, output={}, seconds=seconds))
     services.ledger.end_night(before.id, NightStatus.REJECTED, [])
     services.ledger.add_night(night)
     assert client.fine_tuning.jobs.retrieve(night.id).estimated_finish is None
-    folder = services.settings.night_dir(night.id)
-    emitter(folder)("train", "step", eta_s=12.0)
-    said = datetime.fromisoformat(read_events(folder)[-1]["at"]).timestamp()
-    assert client.fine_tuning.jobs.retrieve(night.id).estimated_finish == int(said + 44)
+    emit = emitter(services.settings.night_dir(night.id))
+
+    def finish() -> float:
+        said = client.fine_tuning.jobs.retrieve(night.id).estimated_finish
+        assert said is not None
+        return said - datetime.fromisoformat(read_events(services.settings.night_dir(night.id))[-1]["at"]).timestamp()
+
+    emit("train", "step", step=3, steps=9, eta_s=12.0)
+    assert finish() == pytest.approx(46, abs=2)
+    emit("evaluate", "started")
+    assert finish() == pytest.approx(34, abs=2)
+    emit("evaluate", "generation 0 on chat", done=1, total=4, stage_done=1, stage_total=24)
+    ours = client.fine_tuning.jobs.retrieve(night.id).model_dump()["nightschool"]["progress"]
+    assert (ours["stage"], ours["done"], ours["total"]) == ("evaluate", 1, 24)
     client.fine_tuning.jobs.cancel(night.id)
-    assert client.fine_tuning.jobs.retrieve(night.id).estimated_finish is None
+    ended = client.fine_tuning.jobs.retrieve(night.id)
+    assert (ended.estimated_finish, ended.model_dump()["nightschool"]["progress"]) == (None, None)

@@ -149,6 +149,11 @@ def test_memory_edited_between_champion_and_candidate_costs_another_exam_and_not
         assert night["nightschool"]["status"] == NightStatus.PROMOTED, night["nightschool"]["reasons"]
         events = client.get(f"/v1/fine_tuning/jobs/{night['id']}/events", limit=1000)["data"]
         assert any("once more" in event["message"] for event in events)
+        # Of all suites and both generations, the suite that was run again included.
+        counts = [event["data"] for event in reversed(events) if "stage_done" in event["data"]]
+        runs = sum(len(evaluation.outcomes) for evaluation in services.ledger.evaluations(night_id=night["id"]))
+        assert (counts[0]["stage_done"], counts[-1]["stage_done"], counts[-1]["stage_total"]) == (0, runs, runs)
+        assert [c["stage_done"] for c in counts] == sorted(c["stage_done"] for c in counts)
 
 
 def test_the_oracle_of_the_demo_is_right() -> None:

@@ -19,7 +19,7 @@ from serve import promotion
 from serve.api.fine_tuning import JobRequest
 from serve.settings import NightConfig
 from serve.since import moment
-from serve.stages.budget import foretold, training_limits
+from serve.stages.budget import foretold, practice_limit, training_limits
 from serve.stages.material import load_snapshot, snapshot
 from serve.stages.night_run import NightRun, OverBudgetError
 from serve.wiring import open_ledger
@@ -111,12 +111,12 @@ def test_a_night_without_a_budget_has_no_limits(ledger: Ledger, tmp_path: Path) 
     assert said == []
 
 
-def slept(ledger: Ledger) -> None:
+def slept(ledger: Ledger, **trained: Any) -> None:
     """A night that trained 1000 tokens in 20 s and evaluated for 30 s."""
     night = Night()
     ledger.add_night(night)
     for stage, seconds in (("dataset", 5.0), ("train", 20.0), ("evaluate", 30.0)):
-        output = {"tokens": 1000, "seconds": 20.0} if stage == "train" else {}
+        output = {"tokens": 1000, "seconds": 20.0, **trained} if stage == "train" else {}
         ledger.record_stage(StageRun(night_id=night.id, stage=stage, output=output, seconds=seconds))
     ledger.end_night(night.id, NightStatus.REJECTED, [])
 
@@ -166,9 +166,45 @@ def test_a_night_whose_time_is_spent_before_training_says_so(ledger: Ledger, tmp
         training_limits(night_in(ledger, tmp_path, [], max_seconds=25.0))
 
 
+@pytest.mark.parametrize(
+    ("max_seconds", "limit"), [(None, None), (100.0, 42.0), (58.0, 10.0), (38.0, 0.0), (20.0, 0.0)]
+)
+def test_practice_gets_what_exam_and_training_leave_and_half_of_what_the_exam_leaves_at_least(
+    ledger: Ledger, tmp_path: Path, max_seconds: float | None, limit: float | None
+) -> None:
+    slept(ledger)
+    run = night_in(ledger, tmp_path, [], max_seconds=max_seconds)
+    ledger.record_stage(StageRun(night_id=run.night.id, stage="principles", output={}, seconds=8.0))
+    assert practice_limit(run) == limit
+
+
+def test_the_first_night_keeps_half_for_the_exam_and_shares_the_rest_between_practice_and_training(
+    ledger: Ledger, tmp_path: Path
+) -> None:
+    run = night_in(ledger, tmp_path, [], max_seconds=50.0)
+    ledger.record_stage(StageRun(night_id=run.night.id, stage="snapshot", output={}, seconds=10.0))
+    assert practice_limit(run) == 10.0
+    ledger.record_stage(StageRun(night_id=run.night.id, stage="practice", output={}, seconds=10.0))
+    assert training_limits(run) == {"max_seconds": 10.0}
+
+
+def test_a_night_that_was_cut_does_not_shrink_what_the_next_one_is_taken_to_need(
+    ledger: Ledger, tmp_path: Path
+) -> None:
+    slept(ledger, planned_tokens=2000)
+    # Uncut it would have trained for 40 s: of 60 s that the exam leaves practice has half and not 40.
+    assert practice_limit(night_in(ledger, tmp_path, [], max_seconds=90.0)) == 30.0
+
+
 def test_a_dry_run_foretells_what_the_budget_cuts() -> None:
     assert foretold(NightConfig(), 1000, 20.0, 50.0) == []
     assert foretold(NightConfig(max_tokens=2000, max_seconds=60), 1000, 20.0, 50.0) == []
     assert "25%" in foretold(NightConfig(max_tokens=250), 1000, None, None)[0]
     assert "50%" in foretold(NightConfig(max_seconds=40), 1000, 20.0, 50.0)[0]
     assert "skip itself" in foretold(NightConfig(max_seconds=25), 1000, 20.0, 50.0)[0]
+    assert foretold(NightConfig(max_seconds=60), 1000, 20.0, 60.0, 10.0) == []
+    assert foretold(NightConfig(max_seconds=60), 1000, 20.0, 90.0, 40.0) == [
+        "night.max_seconds shortens practice to about 38% of its tries",
+        "night.max_seconds shortens training to about 75% of its steps",
+    ]
+    assert "not known before the first night" in foretold(NightConfig(max_seconds=60), 1000, None, None)[0]

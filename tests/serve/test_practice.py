@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import cycle
@@ -16,7 +17,7 @@ from distill.recipes.successes import successes
 from distill.train.config import TrainConfig
 from evals.night_page import render_night
 from memory.errors import LedgerError
-from memory.night_records import Generation, GenerationStatus, Night, NightStatus
+from memory.night_records import Generation, GenerationStatus, Night, NightStatus, StageRun
 from memory.records import ExampleKind, FeedbackKind, Outcome, OutcomeSource, Purpose, Task, Trajectory, Trust
 from serve import counters, dry_run
 from serve.events import read_events
@@ -27,7 +28,7 @@ from serve.stages import STAGES, stages_of
 from serve.stages.dataset import make_dataset
 from serve.stages.material import load_snapshot, suites_of
 from serve.stages.night_run import NightRun
-from serve.stages.practice import COMPLAINTS, FEW_COMPLAINTS, PRACTICE, chosen_for, practice_options
+from serve.stages.practice import COMPLAINTS, FEW_COMPLAINTS, PRACTICE, chosen_for, practice_options, practise
 from serve.wiring import Services
 from tests.memory import samples
 from tests.serve.fakes import running, settings_in
@@ -129,6 +130,40 @@ def test_a_stage_that_died_goes_on_and_tries_nothing_twice(services: Services, m
     assert run.done("practice")["tries"] == TASKS * SAMPLES
 
 
+def test_tries_that_the_nights_time_leaves_no_room_for_are_left_out_and_it_is_said(services: Services) -> None:
+    trained = {"tokens": 1000, "seconds": 20.0}
+    before = Night()
+    services.ledger.add_night(before)
+    for stage, output, seconds in (("train", trained, 20.0), ("evaluate", {}, 30.0)):
+        services.ledger.record_stage(StageRun(night_id=before.id, stage=stage, output=output, seconds=seconds))
+    services.ledger.end_night(before.id, NightStatus.REJECTED, ["test"])
+    asked = serve(services, samples.task("What is 90 - 85?"), success=False)
+    hint = {"kind": FeedbackKind.HINT, "value": "Count down.", "trust": Trust.TRUSTED}
+    services.ledger.add_feedback(samples.feedback(asked).model_copy(update=hint))
+    first, said = begun(services), list[str]()
+    spent = sum(stage.seconds for stage in services.ledger.stages(first.night.id))
+    wanted = (TASKS + 1) * SAMPLES
+
+    def slowly(_stage: str, told: str, /, **_: Any) -> None:
+        said.append(told)
+        time.sleep(0.1)
+
+    def within(max_seconds: float) -> dict[str, Any]:
+        night = services.settings.night.model_copy(update={"max_seconds": max_seconds})
+        short = replace(services, settings=services.settings.model_copy(update={"night": night}))
+        return practise(replace(first, services=short, emit=slowly))
+
+    nothing = within(30.0)
+    assert (nothing["tasks"], nothing["tries"], nothing["left_out"]) == (0, 0, wanted)
+    assert f"night.max_seconds leaves 0 s for practice: {wanted} tries were left out" in said
+    some = within(30.0 + spent + 0.6)
+    assert SAMPLES <= some["tries"] < wanted
+    assert some["left_out"] == wanted - some["tries"]
+    # Whom somebody gave a hint comes before what the bandit chose.
+    assert some["hinted"] == 1
+    assert tries(services)[0].task_id == asked.task_id
+
+
 def test_the_recipes_read_the_practice_of_this_night_and_of_unpromoted_ones_only(services: Services) -> None:
     first = begun(services)
     run_stage(first.night.id, "practice")
@@ -178,6 +213,10 @@ def test_a_dry_run_foretells_practice_and_the_report_tells_what_came_of_it(servi
     for name in ("tasks", "tries", "successes", "tokens", "examples"):
         assert sum(getattr(row, name) for row in told.workloads) == getattr(told, name)
     assert "Practice" in render_night(report)
+    assert [(t.part, t.total) for t in report.tokens if t.part == "practice"] == [("practice", spent)]
+    assert "had no time for 3 more tries" not in render_night(report)
+    short = report.model_copy(update={"practice": told.model_copy(update={"left_out": 3})})
+    assert "had no time for 3 more tries" in render_night(short)
     others = night_report(ledger, run.night, "m", tenant="rival").practice
     assert others == told.model_copy(update={"workloads": []})
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +90,29 @@ def test_a_service_that_a_command_starts_for_itself_makes_no_key(tmp_path: Path)
     ledger = Ledger.open(f"sqlite:///{tmp_path / 'data' / 'ledger.sqlite'}")
     assert keys.all_keys(ledger.database) == []
     ledger.close()
+
+
+def test_a_night_that_was_missed_is_made_up_by_a_service_and_not_by_one_that_a_command_started(tmp_path: Path) -> None:
+    hour = datetime.now() - timedelta(hours=1)
+    cron = f"{hour.minute} {hour.hour} * * *"
+    (tmp_path / "nightschool.toml").write_text(f'[night]\nschedule = "{cron}"\n')
+    (tmp_path / "data").mkdir()
+    told = {"cron": cron, "since": (hour - timedelta(hours=9)).isoformat()}
+    (tmp_path / "data" / "schedule.json").write_text(json.dumps(told))
+
+    def nights(info: dict[str, Any]) -> list[dict[str, Any]]:
+        return Client(info["url"], info["token"]).get("/v1/fine_tuning/jobs")["data"]
+
+    with serving(tmp_path, "--background") as (process, info):
+        time.sleep(1)
+        assert nights(info) == []
+        assert ended(process) == 0
+    with serving(tmp_path) as (process, info):
+        until(lambda: [job["nightschool"]["status"] for job in nights(info)] == ["skipped"], 60)
+        assert ended(process) == 0
+    with serving(tmp_path) as (_, info):
+        time.sleep(1)
+        assert len(nights(info)) == 1
 
 
 def test_an_insecure_service_asks_for_no_key_and_makes_none(tmp_path: Path) -> None:
