@@ -141,6 +141,13 @@ def all_forgotten(database: Database, *, tenant: str) -> list[Forgotten]:
         return rows.read(connection, Forgotten, query)
 
 
+def newest_forgetting(database: Database) -> datetime | None:
+    """When something was forgotten last, of any tenant."""
+    with database.reading() as connection:
+        newest = rows.read(connection, Forgotten, select(forgotten.c.body).order_by(forgotten.c.seq.desc()).limit(1))
+    return newest[0].at if newest else None
+
+
 def must_start_from_base(database: Database, generation: Generation) -> bool:
     """Whether a generation, or one that it was trained on from, learned from what is forgotten by now."""
     with database.reading() as connection:

@@ -85,6 +85,26 @@ def by_id(
     return found
 
 
+def newest(
+    database: Database,
+    purposes: Collection[Purpose],
+    *,
+    limit: int,
+    tenant: str | None = None,
+    upto_seq: int | None = None,
+) -> list[Trajectory]:
+    """The newest runs of these purposes, newest first, outlined; None = all tenants, no end."""
+    c = trajectories.c
+    query = select(c.body).where(c.purpose.in_(purposes))
+    if tenant is not None:
+        query = query.where(c.tenant == tenant)
+    if upto_seq is not None:
+        query = query.where(c.seq <= upto_seq)
+    query = query.order_by(c.seq.desc()).limit(limit).execution_options(**_STREAMED)
+    with database.reading() as connection:
+        return [outline(body) for body in connection.execute(query).scalars()]
+
+
 def outline(body: str) -> Trajectory:
     """A run without its messages and model calls, which are most of it and which nobody needs to judge it."""
     return Trajectory.model_validate({**json.loads(body), "messages": [], "steps": []})
@@ -122,10 +142,11 @@ def spoken_of_questions(
         return {row.id for row in found if row.fingerprint in wanted}
 
 
-def feedback_on(database: Database, ids: Iterable[str], *, upto_seq: int) -> list[Feedback]:
-    """What was said of these runs up to `upto_seq`."""
+def feedback_on(database: Database, ids: Iterable[str], *, upto_seq: int | None = None) -> list[Feedback]:
+    """What was said of these runs, up to `upto_seq`."""
+    also = [feedback.c.seq <= upto_seq] if upto_seq is not None else []
     with database.reading() as connection:
-        return _said(connection, feedback.c.trajectory_id, ids, feedback.c.seq <= upto_seq)
+        return _said(connection, feedback.c.trajectory_id, ids, *also)
 
 
 def feedback_by_id(database: Database, ids: Iterable[str]) -> list[Feedback]:

@@ -14,6 +14,7 @@ from agent.verify import verify
 from evals.chat import chat_suite
 from evals.refusals import refusal_suite
 from evals.suites import EvalTask, Suite, load_suite, save_suite, tool_validity_suite, untrained_suite
+from memory import runs
 from memory.errors import NotEnoughExperienceError, VerifierError
 from memory.ledger import Ledger
 from memory.records import Purpose, Task
@@ -54,8 +55,7 @@ def configured_suites(settings: Settings, ledger: Ledger) -> list[Suite]:
 def held_out_from_days(ledger: Ledger, share: float) -> Suite:
     """The judged tasks whose fingerprint falls into the held-out share, newest 200."""
     # What only the teacher tried are the hard ones: without them the exam would be an easy one.
-    trajectories = ledger.trajectories(purpose=(Purpose.SERVE, Purpose.TEACHER))
-    tasks = ledger.tasks(t.task_id for t in trajectories)
+    tasks = ledger.tasks(runs.task_ids(ledger.database, Purpose.SERVE, Purpose.TEACHER))
     chosen: dict[str, Task] = {}
     for task in tasks.values():
         # A task with tools of a client cannot be judged without that client.
