@@ -18,7 +18,7 @@ from memory.database import Database
 from memory.records import Feedback, FeedbackKind, Purpose, Trajectory, Trust
 from memory.schema import feedback, tasks, trajectories
 
-_STREAMED = {"yield_per": 500}
+_STREAMED = {"yield_per": rows.CHUNK}
 """So that no more rows than these are in the process at once."""
 
 
@@ -78,10 +78,10 @@ def by_id(
     found: dict[str, Trajectory] = {}
     with database.reading() as connection:
         for part in rows.chunks(ids):
-            query = select(c.body).where(c.id.in_(part), c.purpose.in_(purposes), c.seq <= upto_seq)
-            bodies = connection.execute(query).scalars()
-            read = (outline(body) if outlined else rows.load(Trajectory, body) for body in bodies)
-            found.update((run.id, run) for run in read)
+            # Asked for them by purpose and place as well, SQLite goes through all runs of the purpose.
+            for row in connection.execute(select(c.id, c.purpose, c.seq, c.body).where(c.id.in_(part))):
+                if row.purpose in purposes and row.seq <= upto_seq:
+                    found[row.id] = outline(row.body) if outlined else rows.load(Trajectory, row.body)
     return found
 
 
@@ -95,12 +95,14 @@ def newest(
 ) -> list[Trajectory]:
     """The newest runs of these purposes, newest first, outlined; None = all tenants, no end."""
     c = trajectories.c
-    query = select(c.body).where(c.purpose.in_(purposes))
+    # Their places first: to sort long rows takes long.
+    places = select(c.seq).where(c.purpose.in_(purposes))
     if tenant is not None:
-        query = query.where(c.tenant == tenant)
+        places = places.where(c.tenant == tenant)
     if upto_seq is not None:
-        query = query.where(c.seq <= upto_seq)
-    query = query.order_by(c.seq.desc()).limit(limit).execution_options(**_STREAMED)
+        places = places.where(c.seq <= upto_seq)
+    places = places.order_by(c.seq.desc()).limit(limit)
+    query = select(c.body).where(c.seq.in_(places)).order_by(c.seq.desc()).execution_options(**_STREAMED)
     with database.reading() as connection:
         return [outline(body) for body in connection.execute(query).scalars()]
 
@@ -118,8 +120,7 @@ def spoken_of(database: Database, *, after_seq: int = 0, upto_seq: int, since: d
     with database.reading() as connection:
         if since is None:
             return set(connection.execute(select(c.trajectory_id).where(*wanted).distinct()).scalars())
-        bodies = connection.execute(select(c.body).where(*wanted).execution_options(**_STREAMED)).scalars()
-        said = (rows.load(Feedback, body) for body in bodies)
+        said = rows.each(connection, Feedback, select(c.body).where(*wanted))
         return {one.trajectory_id for one in said if one.created_at >= since}
 
 

@@ -69,6 +69,16 @@ def test_an_outlined_run_is_the_run_without_what_was_said(ledger: Ledger):
     assert found == {run.id: run.model_copy(update={"messages": [], "steps": []})}
 
 
+def test_the_newest_runs_are_those_written_last(ledger: Ledger):
+    one, two, three = (ran(ledger, purpose=purpose) for purpose in (*DAYS, Purpose.SERVE))
+    ran(ledger, purpose=Purpose.EVAL)
+    found = runs.newest(ledger.database, DAYS, limit=2)
+    assert [(run.id, run.messages) for run in found] == [(three.id, []), (two.id, [])]
+    assert [run.id for run in runs.newest(ledger.database, DAYS, limit=2, upto_seq=2)] == [two.id, one.id]
+    assert [run.id for run in runs.newest(ledger.database, (Purpose.SERVE,), limit=9)] == [three.id, one.id]
+    assert runs.newest(ledger.database, DAYS, limit=2, tenant="eve") == []
+
+
 def test_feedback_is_found_by_its_run_its_question_and_its_standing(ledger: Ledger):
     one, two, three = (ran(ledger, question) for question in ("Which?", "Which?", "Who?"))
     trusted = told(ledger, one, trust=Trust.TRUSTED)
