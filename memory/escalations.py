@@ -12,7 +12,7 @@ from enum import StrEnum
 from typing import Any
 
 from pydantic import BaseModel, Field
-from sqlalchemy import JSON, Connection, and_, case, cast, func, select
+from sqlalchemy import Connection, and_, case, func, select
 
 from memory import rows
 from memory.database import Database
@@ -207,13 +207,8 @@ def _affordable(connection: Connection, budget: Budget) -> bool:
 
 
 def _own_requests(connection: Connection, after: int, upto: int | None) -> dict[int, int]:
-    body = trajectories.c.body
-    if connection.dialect.name == "sqlite":
-        generation = func.json_extract(body, "$.generation")
-    else:
-        generation = func.json_extract_path_text(cast(body, JSON), "generation")
-    query = select(generation.label("generation"), func.count().label("n"))
-    query = query.where(trajectories.c.purpose.in_(SERVED), trajectories.c.seq > after).group_by(generation)
+    c = trajectories.c
+    query = select(c.generation, func.count().label("n")).where(c.purpose.in_(SERVED), c.seq > after)
     if upto is not None:
-        query = query.where(trajectories.c.seq <= upto)
-    return {int(row.generation): row.n for row in connection.execute(query)}
+        query = query.where(c.seq <= upto)
+    return {row.generation: row.n for row in connection.execute(query.group_by(c.generation))}

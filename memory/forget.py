@@ -141,6 +141,13 @@ def all_forgotten(database: Database, *, tenant: str) -> list[Forgotten]:
         return rows.read(connection, Forgotten, query)
 
 
+def newest_forgetting(database: Database) -> datetime | None:
+    """When something was forgotten last, of any tenant."""
+    with database.reading() as connection:
+        newest = rows.read(connection, Forgotten, select(forgotten.c.body).order_by(forgotten.c.seq.desc()).limit(1))
+    return newest[0].at if newest else None
+
+
 def must_start_from_base(database: Database, generation: Generation) -> bool:
     """Whether a generation, or one that it was trained on from, learned from what is forgotten by now."""
     with database.reading() as connection:
@@ -218,10 +225,15 @@ def _clear_others(connection: Connection, traces: Traces, counts: Counter[str]) 
     shown does not."""
     if not traces.shown or traces.user is None:
         return
-    query = select(trajectories.c.body).where(trajectories.c.tenant == traces.tenant)
-    for run in rows.read(connection, Trajectory, query):
-        if run.id in traces.runs or not traces.showed(run):
-            continue
+    # Most runs name none of it, and all of a tenant's are too many to hold.
+    named = Needles(traces.shown, ())
+    query = select(trajectories.c.id, trajectories.c.body).where(trajectories.c.tenant == traces.tenant)
+    naming = (
+        rows.load(Trajectory, row.body)
+        for row in connection.execute(query.execution_options(yield_per=rows.CHUNK))
+        if row.id not in traces.runs and named.among(row.body.encode())
+    )
+    for run in [run for run in naming if traces.showed(run)]:
         messages = [
             {"role": m["role"], "content": GONE, "name": RECALLED}
             if m.get("name") == RECALLED

@@ -177,14 +177,20 @@ def _task_row(task: Task) -> dict[str, Any]:
 
 
 def _run_row(run: Trajectory) -> dict[str, Any]:
-    return _row(
-        run,
-        task_id=run.task_id,
-        tenant=run.tenant,
-        workload=run.workload,
-        purpose=run.purpose.value,
-        conversation=run.conversation_id,
-    )
+    return _row(run, **run_columns(run))
+
+
+def run_columns(run: Trajectory) -> dict[str, Any]:
+    """What of a run is queried, beside its record."""
+    return {
+        "task_id": run.task_id,
+        "tenant": run.tenant,
+        "workload": run.workload,
+        "purpose": run.purpose.value,
+        "conversation": run.conversation_id,
+        "generation": run.generation,
+        "success": run.outcome.success if run.outcome is not None else None,
+    }
 
 
 def _belongs(run: Trajectory, task: Task) -> bool:

@@ -20,7 +20,7 @@ from sqlalchemy import Connection, func, select
 from memory import items, nights, rows
 from memory.database import Database
 from memory.items import Candidate, ItemText, OutboxRow
-from memory.journal import Journal, add_runs
+from memory.journal import Journal, add_runs, run_columns
 from memory.night_records import Evaluation, Generation, GenerationStatus, Night, NightStatus, Promotion, StageRun
 from memory.records import (
     Example,
@@ -473,10 +473,9 @@ def insert_task(connection: Connection, task: Task) -> None:
 
 def insert_trajectory(connection: Connection, trajectory: Trajectory) -> None:
     """A run whose task is in the ledger, within the caller's transaction."""
-    columns = trajectory.model_dump(include={"task_id", "tenant", "workload", "purpose"})
-    columns["conversation"] = trajectory.conversation_id
     rows.require(connection, tasks_table, "task", _owned(trajectory.task_id, trajectory.tenant))
-    rows.add(connection, trajectories_table, trajectory, "trajectory", {"id": trajectory.id}, **columns)
+    key, columns = {"id": trajectory.id}, run_columns(trajectory)
+    rows.add(connection, trajectories_table, trajectory, "trajectory", key, **columns)
 
 
 def _owned(record_id: str, tenant: str | None) -> rows.Key:

@@ -14,7 +14,7 @@ import json
 import secrets
 import time
 import uuid
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Any, Literal
 
@@ -298,6 +298,11 @@ class Trajectory(Record):
     """The class name of the error (`memory.errors`) when `stop_reason` is `error`."""
     started_at: datetime = Field(default_factory=now)
     seconds: float = 0.0
+
+    @property
+    def ended_at(self) -> datetime:
+        """When it was over."""
+        return self.started_at + timedelta(seconds=self.seconds)
 
     @property
     def own_messages(self) -> list[Message]:

@@ -85,6 +85,12 @@ def read(connection: Connection, model: type[R], query: Select[Any], given: Key 
     return [load(model, body) for body in connection.execute(query, given).scalars()]
 
 
+def each(connection: Connection, model: type[R], query: Select[Any]) -> Iterator[R]:
+    """`read` for more than a process should hold: few at a time."""
+    for body in connection.execute(query.execution_options(yield_per=CHUNK)).scalars():
+        yield load(model, body)
+
+
 def page(
     connection: Connection,
     table: Table,

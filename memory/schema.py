@@ -70,11 +70,15 @@ trajectories = Table(
     Column("purpose", String, nullable=False),
     *_record(),
     Column("conversation", String, nullable=True),
+    Column("generation", Integer, nullable=True),
+    Column("success", Boolean, nullable=True),
     Index(None, "tenant", "workload", "seq"),
-    Index(None, "purpose", "seq"),
+    Index(None, "purpose", "seq", "generation", "success"),
     Index(None, "tenant", "conversation", "seq"),
     sqlite_autoincrement=True,
 )
+"""`success`: None for a run that had no outcome of its own. Behind a long body SQLite reads a column slowly: both are
+counted from the index alone."""
 
 feedback = Table(
     "feedback",
@@ -114,7 +118,7 @@ item_uses = Table(
     "memory_item_uses",
     metadata,
     Column("item_id", String, ForeignKey("memory_items.id"), primary_key=True),
-    Column("use_key", String, primary_key=True),
+    Column("use_key", String, primary_key=True, index=True),
     Column("success", Boolean, nullable=False),
     Column("withheld", Boolean, nullable=False, server_default=false()),
     Column("generation", Integer, nullable=True),

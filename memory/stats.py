@@ -68,17 +68,17 @@ def worths(
 
 
 def counts(
-    database: Database, *, tenant: str, workload: str | None = None
+    database: Database, *, tenant: str | None, workload: str | None = None
 ) -> dict[tuple[MemoryKind, MemoryStatus], int]:
-    """How many items of the tenant there are of each kind and status."""
+    """How many items of the tenant there are of each kind and status; None = all tenants'."""
     c = items_table.c
-    mine = c.tenant == tenant
+    mine = [c.tenant == tenant] if tenant is not None else []
     with database.reading() as connection:
         if workload is None:
-            query = select(c.kind, c.status, func.count()).where(mine).group_by(c.kind, c.status)
+            query = select(c.kind, c.status, func.count()).where(*mine).group_by(c.kind, c.status)
             return {(MemoryKind(kind), MemoryStatus(status)): n for kind, status, n in connection.execute(query)}
         # A workload is inside the record.
-        bodies = connection.execute(select(c.kind, c.status, c.body).where(mine).execution_options(yield_per=500))
+        bodies = connection.execute(select(c.kind, c.status, c.body).where(*mine).execution_options(yield_per=500))
         return dict(
             Counter(
                 (MemoryKind(row.kind), MemoryStatus(row.status))

@@ -95,7 +95,7 @@ class Traces:
 def gather(connection: Connection, tenant: str, user: str | None, before: Traces | None = None) -> Traces:
     """The traces of a tenant, or of a user in it; `before`: an earlier look, whose texts were compared already."""
     traces = Traces(tenant, user)
-    for task in rows.read(connection, Task, select(tasks.c.body).where(tasks.c.tenant == tenant)):
+    for task in rows.each(connection, Task, select(tasks.c.body).where(tasks.c.tenant == tenant)):
         if user is None or user in (task.user, task.safety_identifier, task.asker):
             traces.tasks.add(task.id)
     traces.exams = traces.tasks & _exams(connection, tenant)
@@ -106,7 +106,7 @@ def gather(connection: Connection, tenant: str, user: str | None, before: Traces
         if run.task_id not in traces.exams:
             traces.texts.update(_said(run.own_messages, "user"))
             traces.texts.update(t for t in _said(run.own_messages, "assistant") if len(t) >= SHORTEST_ANSWER)
-    for said in rows.read(connection, Feedback, select(feedback.c.body).where(feedback.c.tenant == tenant)):
+    for said in rows.each(connection, Feedback, select(feedback.c.body).where(feedback.c.tenant == tenant)):
         # A key signs with its own name before the author's (`serve.api.auth.signature`); its name has no slash.
         if user in (None, said.author, said.author.partition("/")[2]) or said.trajectory_id in traces.runs:
             traces.feedback.add(said.id)

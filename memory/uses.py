@@ -61,9 +61,9 @@ def count(connection: Connection, uses: Iterable[Use], *, tenant: str) -> int:
 
 def _store(connection: Connection, known: dict[str, Item], wanted: dict[tuple[str, str], Use]) -> int:
     standing: dict[tuple[str, str], tuple[bool, bool]] = {}
-    for ids in rows.chunks(item_id for item_id, _ in wanted):
+    for keys in rows.chunks(key for _, key in wanted):
         columns = item_uses.c.item_id, item_uses.c.use_key, item_uses.c.success, item_uses.c.withheld
-        for row in connection.execute(select(*columns).where(item_uses.c.item_id.in_(ids))):
+        for row in connection.execute(select(*columns).where(item_uses.c.use_key.in_(keys))):
             standing[row.item_id, row.use_key] = row.success, row.withheld
     changed = 0
     new: list[dict[str, object]] = []

@@ -16,12 +16,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from evals.stats import wilson
-from memory import escalations
+from memory import escalations, runs, stats
 from memory.errors import ConfigError
 from memory.escalations import EscalationFigures
 from memory.ledger import Ledger
 from memory.night_records import GenerationStatus
-from memory.records import FeedbackKind, MemoryStatus, Purpose
+from memory.records import FeedbackKind, MemoryKind, MemoryStatus, Purpose
 from serve.batch import ResultsFile, read_tasks, run_lines
 from serve.client import Client
 from serve.settings import Settings
@@ -229,16 +229,16 @@ def print_status(settings: Settings, ledger: Ledger, console: Console) -> None:
     generations = ledger.generations()
     champion = ledger.champion() if generations else None
     nights = ledger.nights()
-    runs = ledger.trajectories(purpose=Purpose.SERVE)
+    served, items = runs.count(ledger.database, Purpose.SERVE), stats.counts(ledger.database, tenant=None)
+    remembered = {kind: items.get((kind, MemoryStatus.ACTIVE), 0) for kind in MemoryKind}
     rows = {
         "service": f"{service['url']} (pid {service['pid']})" if service else "not running (nightschool serve)",
         "data": str(settings.data_dir.resolve()),
         "model": settings.model,
         "champion": f"generation {champion.number} ({champion.served_name})" if champion else "none yet",
-        "runs": f"{len(runs)}, {sum(t.success for t in runs)} successes",
-        "feedback": str(len(ledger.feedback())),
-        "memory": f"{len(ledger.past_runs(status=MemoryStatus.ACTIVE))} runs, "
-        f"{len(ledger.principles(status=MemoryStatus.ACTIVE))} principles",
+        "runs": f"{served.runs}, {served.successes} successes",
+        "feedback": str(runs.count_feedback(ledger.database)),
+        "memory": f"{remembered[MemoryKind.RUN]} runs, {remembered[MemoryKind.PRINCIPLE]} principles",
         "last night": f"{nights[-1].id}: {nights[-1].status}" if nights else "none yet",
     }
     switches = ledger.promotions()

@@ -19,12 +19,11 @@ from rich.console import Console
 from rich.table import Table
 
 from agent.prompts import compose
-from agent.verify import verify
-from distill.credit import credit
 from distill.dataset import Dataset, build, too_few
 from distill.rehearsal import ANSWER_TOKENS, PROMPTS
 from distill.snapshot import Snapshot
 from distill.train.config import TrainConfig
+from memory import runs
 from memory.errors import NotEnoughExperienceError
 from memory.ledger import Ledger
 from memory.night_records import Night
@@ -33,7 +32,7 @@ from serve.escalation import recipes_with_teacher
 from serve.stages import stages_of
 from serve.stages.budget import foretold, last_trained, uncut
 from serve.stages.dataset import replayed, trains_on_pairs
-from serve.stages.material import DAYS, load_snapshot, snapshot
+from serve.stages.material import judged, load_snapshot, snapshot
 from serve.stages.night_run import NightRun, Output
 from serve.stages.practice import COMPLAINTS, PRACTICE, chosen_for, practice_options
 from serve.stages.training import train_config
@@ -174,13 +173,11 @@ def _told_of_practice(practice: PracticeForetold) -> str:
 
 def _estimated(run: NightRun, drawn: Output, snap: Snapshot) -> Estimate:
     services, settings, ledger = run.services, run.services.settings, run.services.ledger
-    everyone = ledger.trajectories(upto_seq=drawn["upto"]["trajectory"], purpose=DAYS)
-    said = {f.id: f for f in ledger.feedback(upto_seq=drawn["upto"]["feedback"])}
-    for judged in credit(said.values(), everyone, ledger.tasks(t.task_id for t in everyone), verify):
-        standing = {"trust": judged.trust, "trust_reason": judged.reason}
-        said[judged.feedback_id] = said[judged.feedback_id].model_copy(update=standing)
     known = {t.id for t in [*snap.trajectories, *snap.begun, *snap.taught]}
-    heard = [f for f in said.values() if f.trajectory_id in known]
+    _, judgements = judged(ledger, drawn)
+    decided = {one.feedback_id: {"trust": one.trust, "trust_reason": one.reason} for one in judgements}
+    heard = runs.feedback_on(ledger.database, known, upto_seq=drawn["upto"]["feedback"])
+    heard = [said.model_copy(update=decided.get(said.id, {})) for said in heard]
     # Zero, so that a night that is too small still shows what it has.
     config = settings.dataset.model_copy(update={"min_examples": 0})
     recipes = run.night.options.get("recipes") or recipes_with_teacher(settings.night.recipes, settings.teacher)

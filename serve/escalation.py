@@ -25,7 +25,7 @@ from agent.llm import ChatModel, ChatReply, ChatRequest, LiteLLMModel, LLMConfig
 from agent.run import run_task
 from agent.state import AgentDeps, ModelRef, RunOptions
 from distill.snapshot import outcome_of
-from memory import escalations
+from memory import escalations, runs
 from memory.embed import Embedder
 from memory.errors import ConfigError, NightschoolError
 from memory.escalations import Budget, Escalation, Reason, Status
@@ -159,18 +159,17 @@ class Foresight:
 
     def _history(self, tenant: str) -> list[PastOutcome]:
         ledger = self._ledger
-        runs = [
-            run
-            for purpose in OWN_TRIES
-            for run in ledger.trajectories(purpose=purpose, tenant=tenant, limit=HISTORY, newest_first=True)
+        database = ledger.database
+        tried = [
+            run for purpose in OWN_TRIES for run in runs.newest(database, (purpose,), limit=HISTORY, tenant=tenant)
         ]
         said: dict[str, list[Any]] = {}
-        for word in ledger.feedback(tenant=tenant):
+        for word in runs.feedback_on(database, (run.id for run in tried)):
             said.setdefault(word.trajectory_id, []).append(word)
-        tasks = ledger.tasks(run.task_id for run in runs)
+        tasks = ledger.tasks(run.task_id for run in tried)
         judged = [
             (tasks[run.task_id], outcome.success, run.generation)
-            for run in runs
+            for run in tried
             if run.task_id in tasks and (outcome := outcome_of(run, said.get(run.id, []))) is not None
         ]
         questions = {task.question for task, _, _ in judged}

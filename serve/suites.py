@@ -17,6 +17,7 @@ from distill.near import Questions
 from evals.chat import chat_suite
 from evals.refusals import refusal_suite
 from evals.suites import EvalTask, Suite, load_suite, save_suite, tool_validity_suite, untrained_suite
+from memory import runs
 from memory.errors import NotEnoughExperienceError, VerifierError
 from memory.ledger import Ledger
 from memory.night_records import NightStatus
@@ -62,8 +63,7 @@ def held_out_from_days(ledger: Ledger, share: float) -> Suite:
     """The judged tasks whose fingerprint falls into the held-out share and which no night has taught, 200 at most:
     of the tenants in turn, of each its workloads in turn, the newest first. Nobody's flood is the whole exam."""
     # What only the teacher tried are the hard ones: without them the exam would be an easy one.
-    trajectories = ledger.trajectories(purpose=(Purpose.SERVE, Purpose.TEACHER))
-    tasks = ledger.tasks(t.task_id for t in trajectories)
+    tasks = ledger.tasks(runs.task_ids(ledger.database, Purpose.SERVE, Purpose.TEACHER))
     chosen: dict[tuple[str, str], Task] = {}
     for task in sorted(tasks.values(), key=_age):
         # A task with tools of a client cannot be judged without that client.

@@ -1,8 +1,10 @@
-"""Nights as OpenAI fine-tuning jobs: `/v1/fine_tuning/jobs`, over the ledger or over an uploaded file."""
+"""Nights as OpenAI fine-tuning jobs: `/v1/fine_tuning/jobs`, over the ledger or over an uploaded file.
+
+All routes read the ledger, and are plain functions: they run in worker threads, and hold up no stream.
+"""
 
 from __future__ import annotations
 
-import asyncio
 from datetime import datetime
 from typing import Any, Literal
 
@@ -139,7 +141,7 @@ def job_object(services: Services, night: Night, caller: Caller) -> dict[str, An
     ended_well = status == "succeeded" and night.candidate is not None
     reasons, decision = night.reasons, decision_of(services, night)
     if not sees_all(caller):
-        own = own_workloads(services.ledger, caller.tenant, night.id)
+        own = own_workloads(services.ledger, caller.tenant, night)
         reasons = reasons_for(reasons, decision, own)
         decision = decision_for(decision, own) if decision else None
     trained = services.ledger.stage(night.id, "train")
@@ -227,12 +229,11 @@ def _options(services: Services, caller: Caller, body: JobRequest) -> dict[str, 
 
 
 @router.post("/v1/fine_tuning/jobs")
-async def create_job(body: JobRequest, request: Request) -> dict[str, Any]:
+def create_job(body: JobRequest, request: Request) -> dict[str, Any]:
     """Start a night now; 409 while another one runs."""
     services, nights = _parts(request)
-    options = await asyncio.to_thread(_options, services, caller_of(request), body)
-    night = await asyncio.to_thread(nights.start, options)
-    return job_object(services, night, caller_of(request))
+    caller = caller_of(request)
+    return job_object(services, nights.start(_options(services, caller, body)), caller)
 
 
 def owned_night(services: Services, caller: Caller, job_id: str) -> Night:
@@ -249,19 +250,19 @@ def _mine(services: Services, request: Request, job_id: str) -> Night:
 
 
 @router.post("/v1/fine_tuning/jobs/estimate")
-async def estimate_job(body: JobRequest, request: Request) -> dict[str, Any]:
+def estimate_job(body: JobRequest, request: Request) -> dict[str, Any]:
     """What a night over the ledger would do now; nothing is started and nothing written."""
     services, _ = _parts(request)
     if body.training_file != LEDGER:
         raise ConfigError("training_file: an estimate is of what the ledger holds; an uploaded file is what it is")
     if unread := body.model_fields_set - {"model", "training_file", "recipes", "since"}:
         raise ConfigError(f"{min(unread)}: an estimate goes by the settings and the last night; leave it out")
-    options = await asyncio.to_thread(_options, services, caller_of(request), body)
-    return (await asyncio.to_thread(dry_run.estimate, services, options)).model_dump(mode="json")
+    options = _options(services, caller_of(request), body)
+    return dry_run.estimate(services, options).model_dump(mode="json")
 
 
 @router.get("/v1/fine_tuning/jobs")
-async def list_jobs(
+def list_jobs(
     request: Request, after: str | None = None, limit: int = Query(default=20, ge=1, le=100)
 ) -> dict[str, Any]:
     """Jobs, newest first, after the job `after`; `metadata[KEY]=VALUE` keeps those that carry it."""
@@ -287,17 +288,17 @@ async def list_jobs(
 
 
 @router.get("/v1/fine_tuning/jobs/{job_id}")
-async def retrieve_job(job_id: str, request: Request) -> dict[str, Any]:
+def retrieve_job(job_id: str, request: Request) -> dict[str, Any]:
     services, _ = _parts(request)
     return job_object(services, _mine(services, request, job_id), caller_of(request))
 
 
 @router.post("/v1/fine_tuning/jobs/{job_id}/cancel")
-async def cancel_job(job_id: str, request: Request) -> dict[str, Any]:
+def cancel_job(job_id: str, request: Request) -> dict[str, Any]:
     """Ask the night to stop; 409 when it has ended."""
     services, nights = _parts(request)
     _mine(services, request, job_id)
-    await asyncio.to_thread(nights.cancel, job_id)
+    nights.cancel(job_id)
     return job_object(services, services.ledger.night(job_id), caller_of(request))
 
 
@@ -314,7 +315,7 @@ def _seq_after(job_id: str, event_id: str) -> int:
 
 
 @router.get("/v1/fine_tuning/jobs/{job_id}/events")
-async def job_events(
+def job_events(
     job_id: str,
     request: Request,
     after: str | None = None,
@@ -324,9 +325,9 @@ async def job_events(
     """Events, newest first as OpenAI lists them; a watcher asks for `order=asc` and what came `after` the last."""
     services, caller = request.app.state.services, caller_of(request)
     night = _mine(services, request, job_id)
-    events = await asyncio.to_thread(read_events, services.settings.night_dir(job_id))
+    events = read_events(services.settings.night_dir(job_id))
     if not sees_all(caller):
-        own, decision = own_workloads(services.ledger, caller.tenant, job_id), decision_of(services, night)
+        own, decision = own_workloads(services.ledger, caller.tenant, night), decision_of(services, night)
         events = [event_for(event, caller.tenant, decision, own) for event in events]
     if order == "desc":
         events.reverse()
@@ -350,7 +351,7 @@ async def job_events(
 
 
 @router.get("/v1/fine_tuning/jobs/{job_id}/checkpoints")
-async def job_checkpoints(
+def job_checkpoints(
     job_id: str, request: Request, after: str | None = None, limit: int = Query(default=10, ge=1, le=100)
 ) -> dict[str, Any]:
     """The one checkpoint that can be served: the adapter as it was when training ended. Earlier steps' are the

@@ -82,10 +82,10 @@ def evaluation_object(services: Services, evaluation: Evaluation, caller: Caller
 
 
 @router.get("/v1/generations")
-async def list_generations(request: Request) -> dict[str, Any]:
+def list_generations(request: Request) -> dict[str, Any]:
     """All of them; `escalation`: how much of a teacher's help each needed, null for one that needed none."""
     ledger = _services(request).ledger
-    helped = {f.generation: f.model_dump() for f in await asyncio.to_thread(escalations.figures, ledger.database)}
+    helped = {f.generation: f.model_dump() for f in escalations.figures(ledger.database)}
     found = [generation_object(g) | {"escalation": helped.get(g.number)} for g in ledger.generations()]
     return {"object": "list", "data": found}
 

@@ -35,7 +35,8 @@ def report(night_id: str, request: Request, format: Literal["html", "json"] = "j
         services.ledger, night, services.settings.model, tenant=None if caller.operator else caller.tenant
     )
     if not sees_all(caller):
-        told = report_for(told, own_workloads(services.ledger, caller.tenant))
+        examined = (own_workloads(services.ledger, caller.tenant, known) for known in services.ledger.nights())
+        told = report_for(told, frozenset[str]().union(*examined))
     if format == "json":
         return told.model_dump(mode="json")
     policy = f"default-src 'none'; style-src {source_of(NIGHT_STYLE)}; base-uri 'none'; form-action 'none'"

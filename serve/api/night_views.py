@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
+from datetime import datetime
+from functools import lru_cache
 from typing import Any
 
 from evals.gate import GateDecision
 from evals.night_report import NightReport
 from evals.report import Row
+from memory.forget import newest_forgetting
 from memory.ledger import Ledger
 from memory.lineage import runs_of_tenant
+from memory.night_records import Night, NightStatus
 from serve.api.auth import ANYBODY, Caller
 
 WITHHELD = "What else was said names workloads of other tenants; the operator sees it."
@@ -20,21 +24,33 @@ def sees_all(caller: Caller) -> bool:
     return caller.operator or caller is ANYBODY
 
 
-def own_workloads(ledger: Ledger, tenant: str, night_id: str | None = None) -> set[str]:
-    """The workloads of the tenant's tasks in a night's evaluations; None: in those of all nights."""
+def own_workloads(ledger: Ledger, tenant: str, night: Night) -> frozenset[str]:
+    """The workloads of the tenant's tasks in a night's evaluations."""
+    if night.status is NightStatus.RUNNING:
+        return _examined(ledger, tenant, night.id)
+    # Whoever watches asks for all nights every few seconds, and of one that has ended only a forgetting changes them.
+    return _examined_then(ledger, tenant, night.id, newest_forgetting(ledger.database))
+
+
+@lru_cache(maxsize=4096)
+def _examined_then(ledger: Ledger, tenant: str, night_id: str, _forgotten: datetime | None) -> frozenset[str]:
+    return _examined(ledger, tenant, night_id)
+
+
+def _examined(ledger: Ledger, tenant: str, night_id: str) -> frozenset[str]:
     outcomes = [outcome for evaluation in ledger.evaluations(night_id=night_id) for outcome in evaluation.outcomes]
     ids = {outcome.trajectory_id for outcome in outcomes if outcome.trajectory_id is not None}
     mine = runs_of_tenant(ledger.database, ids, tenant=tenant)
-    return {outcome.workload for outcome in outcomes if outcome.trajectory_id in mine}
+    return frozenset(outcome.workload for outcome in outcomes if outcome.trajectory_id in mine)
 
 
-def decision_for(decision: dict[str, Any], own: set[str]) -> dict[str, Any]:
+def decision_for(decision: dict[str, Any], own: Set[str]) -> dict[str, Any]:
     """The gate's word without the rows and sentences of workloads that are not the caller's."""
     table = [row for row in decision["table"] if row["workload"] is None or row["workload"] in own]
     return decision | {"table": table, "reasons": reasons_for(decision["reasons"], decision, own)}
 
 
-def reasons_for(reasons: Iterable[str], decision: dict[str, Any] | None, own: set[str]) -> list[str]:
+def reasons_for(reasons: Iterable[str], decision: dict[str, Any] | None, own: Set[str]) -> list[str]:
     """The sentences that name no workload of the gate's table but the caller's, and whether there are more."""
     named = {row["workload"] for row in decision["table"]} if decision else set()
     hidden = {repr(name) for name in named - own - {None}}
@@ -43,7 +59,7 @@ def reasons_for(reasons: Iterable[str], decision: dict[str, Any] | None, own: se
     return kept if len(kept) == len(told) else [*kept, WITHHELD]
 
 
-def event_for(event: dict[str, Any], tenant: str, decision: dict[str, Any] | None, own: set[str]) -> dict[str, Any]:
+def event_for(event: dict[str, Any], tenant: str, decision: dict[str, Any] | None, own: Set[str]) -> dict[str, Any]:
     """A night's event without the words of anyone's examples and without other tenants' workloads."""
     data = {name: value for name, value in event["data"].items() if name not in ("phrases", "shares")}
     message = event["message"]
@@ -56,7 +72,7 @@ def event_for(event: dict[str, Any], tenant: str, decision: dict[str, Any] | Non
     return event | {"message": message, "data": data}
 
 
-def report_for(report: NightReport, own: set[str]) -> NightReport:
+def report_for(report: NightReport, own: Set[str]) -> NightReport:
     """The morning report with the workloads of `own` only."""
     decision = report.gate.model_dump(mode="json") if report.gate else None
     gate = GateDecision.model_validate(decision_for(decision, own)) if decision else None
@@ -70,6 +86,6 @@ def report_for(report: NightReport, own: set[str]) -> NightReport:
     return report.model_copy(update=update)
 
 
-def _row_for(row: Row, own: set[str]) -> Row:
+def _row_for(row: Row, own: Set[str]) -> Row:
     shown = {name: rate for name, rate in row["workloads"].items() if name in own}
     return {"name": row["name"], "workloads": shown, "controls": row["controls"]}

@@ -15,7 +15,7 @@ from distill.replay import replay, replay_shares, retention
 from distill.snapshot import Snapshot
 from distill.uploads import RECIPE as UPLOADED
 from distill.uploads import read_upload
-from memory import files
+from memory import files, runs
 from memory.errors import LedgerError, NotEnoughExperienceError, boundary
 from memory.night_records import NightStatus
 from memory.records import Example, ExampleKind, Message, Task, Trust, content_hash
@@ -128,13 +128,13 @@ def replayed(run: NightRun, snap: Snapshot, new: Sequence[Example]) -> list[Exam
     has examples today is not replayed: today's word on it is the later one. Nor is what rests on a word that was
     rejected since, nor what the caps leave no room for beside the new ones. When the night starts from the base model,
     all runs are new again, and only what uploaded files taught is replayed, all of it."""
-    ledger, settings, drawn = run.services.ledger, run.services.settings, run.done("snapshot")
-    champion, began = drawn["champion"], run.night.created_at
+    ledger, settings = run.services.ledger, run.services.settings
+    champion, began = run.done("snapshot")["champion"], run.night.created_at
     line = promotion.ancestry(ledger, champion)
     past = [n for n in ledger.nights() if n.status is NightStatus.PROMOTED and n.candidate in line]
     earlier = [example for night in past for example in ledger.examples(night.id) if example.recipe != RECIPE]
     tasks = ledger.tasks({example.task_id for example in [*earlier, *new]})
-    heard = ledger.feedback(upto_seq=drawn["upto"]["feedback"])
+    heard = runs.feedback_by_id(ledger.database, {source for e in [*earlier, *new] for source in e.sources})
     rejected = {said.id for said in heard if said.trust is Trust.REJECTED}
     today = {(e.tenant, tasks[e.task_id].fingerprint) for e in new if e.task_id in tasks}
     allowed = [

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from datetime import datetime, timedelta
+from collections.abc import Iterable
+from datetime import datetime
+from itertools import chain
 
 from agent.llm import ChatRequest
 from agent.verify import verify
-from distill.credit import credit
+from distill.credit import Judgement, credit
 from distill.equivalence import MAX_TOKENS
 from distill.principles import Ask, DistilReport, contradicted, distill_principles, past_runs
-from distill.snapshot import Snapshot, praise_of
+from distill.snapshot import AnswerKey, Snapshot, praise_of
 from evals.suites import Suite
-from memory.forget import must_start_from_base
+from memory import rows, runs
+from memory.forget import must_start_from_base, newest_forgetting
 from memory.items import RECALLABLE
 from memory.ledger import Ledger
 from memory.night_records import Night, NightStatus
-from memory.records import FeedbackKind, MemoryStatus, Purpose, Trajectory, Trust
+from memory.records import Feedback, FeedbackKind, MemoryStatus, Purpose, Task, Trajectory, Trust
 from serve import lessons, promotion
 from serve.stages.night_run import NightRun, Output
 from serve.suites import night_suites
@@ -37,13 +40,23 @@ def snapshot(run: NightRun) -> Output:
     champion = ledger.champion().number
     since = learned_upto(ledger, champion) if start == "champion" and not asked else {"trajectory": 0, "feedback": 0}
     upto = ledger.watermark()
-    serve = ledger.trajectories(after_seq=since["trajectory"], upto_seq=upto["trajectory"], purpose=DAYS)
-    new = sum(_ended(t) >= datetime.fromisoformat(asked) for t in serve) if asked else len(serve)
+    drawn = {"since": since, "upto": upto, "since_time": asked}
+    new = len(_new_days(ledger, drawn))
     told = f"{new} runs since {asked or 'the last promoted night'}"
     told += "; starting from the base model, since the champion learned from what was forgotten" if tainted else ""
     run.emit("snapshot", told, runs=new)
-    drawn = {"since": since, "upto": upto, "champion": champion, "runs": new, "train_from": start}
-    return {**drawn, "since_time": asked}
+    return {**drawn, "champion": champion, "runs": new, "train_from": start}
+
+
+def _new_days(ledger: Ledger, drawn: Output) -> set[str]:
+    """The runs of the days since the line, or since the moment that was asked for."""
+    after, upto = drawn["since"]["trajectory"], drawn["upto"]["trajectory"]
+    return runs.run_ids(ledger.database, DAYS, after_seq=after, upto_seq=upto, since=_asked_moment(drawn))
+
+
+def _asked_moment(drawn: Output) -> datetime | None:
+    asked = drawn.get("since_time")
+    return datetime.fromisoformat(asked) if asked else None
 
 
 def learned_upto(ledger: Ledger, champion: int) -> dict[str, int]:
@@ -97,43 +110,55 @@ def on_trial(run: NightRun) -> str | None:
 
 
 def load_snapshot(run: NightRun) -> Snapshot:
-    """The records behind the watermark, always the same for the same night."""
+    """The records behind the watermark, always the same for the same night. Of what earlier nights learned only the
+    runs that somebody has spoken of since."""
     drawn, ledger = run.done("snapshot"), run.services.ledger
-    since, upto = drawn["since"], drawn["upto"]["trajectory"]
-    runs = {t.id: t for t in ledger.trajectories(upto_seq=upto, purpose=DAYS)}
-    new = ledger.trajectories(after_seq=since["trajectory"], upto_seq=upto, purpose=DAYS)
+    since, upto, asked = drawn["since"], drawn["upto"], _asked_moment(drawn)
+    database, of_days = ledger.database, {"purposes": DAYS, "upto_seq": upto["trajectory"]}
+    known = runs.by_id(database, _new_days(ledger, drawn), **of_days)
+    wanted = set(known)
     # Practice comes after the line: this night's own, and that of nights since which did not promote.
     practised = ledger.stage(run.night.id, "practice")
-    until = practised.output["upto"] if practised else upto
+    until = practised.output["upto"] if practised else upto["trajectory"]
     behind = since.get("practice", since["trajectory"])
     tried = ledger.trajectories(after_seq=behind, upto_seq=until, purpose=Purpose.PRACTICE)
-    runs |= {t.id: t for t in tried}
-    new += tried
-    said = ledger.feedback(after_seq=drawn["since"]["feedback"], upto_seq=drawn["upto"]["feedback"])
-    if asked := drawn.get("since_time"):
-        new = [t for t in new if _ended(t) >= datetime.fromisoformat(asked)]
-        said = [f for f in said if f.created_at >= datetime.fromisoformat(asked)]
+    known |= {t.id: t for t in tried}
+    wanted |= {t.id for t in tried if asked is None or t.ended_at >= asked}
     # A run that was corrected later than it was made is new experience as well.
-    wanted = {t.id for t in new} | {f.trajectory_id for f in said if f.trajectory_id in runs}
-    trajectories = [runs[id] for id in sorted(wanted)]
-    heard = ledger.feedback(upto_seq=drawn["upto"]["feedback"])
-    feedback = [f for f in heard if f.trajectory_id in wanted]
-    earlier = {f.trajectory_id for f in heard if f.kind is FeedbackKind.SCORE and f.trajectory_id in runs} - wanted
-    before = [runs[id] for id in sorted(earlier)]
+    said = runs.spoken_of(database, after_seq=since["feedback"], upto_seq=upto["feedback"], since=asked)
+    known |= runs.by_id(database, said - known.keys(), **of_days)
+    wanted |= said & known.keys()
+    trajectories = [known[id] for id in sorted(wanted)]
+    tasks = ledger.tasks(t.task_id for t in trajectories)
     held_out = [item.task for suite in suites_of(run) for item in suite.tasks]
     return Snapshot(
         trajectories=trajectories,
-        feedback=feedback,
-        tasks=ledger.tasks(t.task_id for t in trajectories),
+        feedback=runs.feedback_on(database, wanted, upto_seq=upto["feedback"]),
+        tasks=tasks,
         held_out_tasks=held_out,
         seed=run.services.settings.dataset.seed,
-        praised=praise_of(before, heard, ledger.tasks(t.task_id for t in before)),
+        praised=_praised_before(ledger, drawn, tasks, known, wanted),
         champion=drawn["champion"],
     )
 
 
-def _ended(run: Trajectory) -> datetime:
-    return run.started_at + timedelta(seconds=run.seconds)
+def _praised_before(
+    ledger: Ledger, drawn: Output, tasks: dict[str, Task], known: dict[str, Trajectory], wanted: set[str]
+) -> dict[AnswerKey, set[str]]:
+    """Who praised which answers to tonight's questions on runs that are not tonight's."""
+    asked = {task.fingerprint for task in tasks.values()}
+    upto = drawn["upto"]["feedback"]
+    scored = runs.spoken_of_questions(ledger.database, asked, FeedbackKind.SCORE, upto_seq=upto) - wanted
+    before = [known[id] for id in scored & known.keys()]
+    before += _outlines(ledger, drawn, scored - known.keys())
+    heard = runs.feedback_on(ledger.database, (t.id for t in before), upto_seq=upto)
+    return praise_of(before, heard, ledger.tasks(t.task_id for t in before))
+
+
+def _outlines(ledger: Ledger, drawn: Output, ids: Iterable[str]) -> list[Trajectory]:
+    """Those of the runs that the days brought up to the night's line, outlined."""
+    upto = drawn["upto"]["trajectory"]
+    return list(runs.by_id(ledger.database, ids, DAYS, upto_seq=upto, outlined=True).values())
 
 
 def suites_of(run: NightRun) -> list[Suite]:
@@ -146,17 +171,52 @@ def judge_feedback(run: NightRun) -> Output:
     if "training_file" in run.night.options:
         return {"trust": {}}
     ledger, drawn = run.services.ledger, run.done("snapshot")
-    trajectories = ledger.trajectories(upto_seq=drawn["upto"]["trajectory"], purpose=DAYS)
-    feedback = ledger.feedback(upto_seq=drawn["upto"]["feedback"])
-    tasks = ledger.tasks(t.task_id for t in trajectories)
+    standing, judgements = judged(ledger, drawn)
     counts: dict[str, int] = {}
-    for judgement in credit(feedback, trajectories, tasks, verify):
-        ledger.set_trust(judgement.feedback_id, judgement.trust, judgement.reason)
+    for judgement in judgements:
+        said = standing[judgement.feedback_id]
+        # What nothing supports yet is judged again every night, and each write waits for the disk.
+        if (said.trust, said.trust_reason) != (judgement.trust, judgement.reason):
+            ledger.set_trust(judgement.feedback_id, judgement.trust, judgement.reason)
         counts[judgement.trust.value] = counts.get(judgement.trust.value, 0) + 1
-    credited = lessons.credit_runs(run.services, trajectories, ledger.feedback(upto_seq=drawn["upto"]["feedback"]))
+    credited = 0
+    for part in rows.chunks(_to_credit(ledger, drawn)):
+        heard = runs.feedback_on(ledger.database, part, upto_seq=drawn["upto"]["feedback"])
+        credited += lessons.credit_runs(run.services, _outlines(ledger, drawn, part), heard)
     told = ", ".join(f"{count} {trust}" for trust, count in counts.items())
     run.emit("credit", f"feedback judged: {told or 'none new'}", **counts)
     return {"trust": counts, "credited": credited}
+
+
+def judged(ledger: Ledger, drawn: Output) -> tuple[dict[str, Feedback], list[Judgement]]:
+    """The undecided feedback up to the night's line, by id, and what is said of it now. Read for it: the runs it is
+    about, and what else was said of corrected questions, for that may corroborate it."""
+    database, upto = ledger.database, drawn["upto"]["feedback"]
+    undecided = {said.id: said for said in runs.undecided(database, upto_seq=upto)}
+    about = _outlines(ledger, drawn, {said.trajectory_id for said in undecided.values()})
+    tasks = ledger.tasks(t.task_id for t in about)
+    corrected = {said.trajectory_id for said in undecided.values() if said.kind is FeedbackKind.CORRECTION}
+    questions = {tasks[t.task_id].fingerprint for t in about if t.id in corrected and t.task_id in tasks}
+    same = runs.spoken_of_questions(database, questions, FeedbackKind.CORRECTION, upto_seq=upto)
+    others = _outlines(ledger, drawn, same - {t.id for t in about})
+    tasks |= ledger.tasks(t.task_id for t in others)
+    heard = runs.feedback_on(database, same, upto_seq=upto)
+    return undecided, credit([*undecided.values(), *heard], [*about, *others], tasks, verify)
+
+
+def _to_credit(ledger: Ledger, drawn: Output) -> set[str]:
+    """The runs whose outcome no night has counted yet, or that users may have judged otherwise since: new ones, and
+    all that anybody has spoken of. After a forgetting all runs: an item may stand for itself again, without its
+    counts, and one voice less may turn an outcome."""
+    database, upto, line = ledger.database, drawn["upto"], 0
+    for night in reversed(ledger.nights()):
+        done, line_drawn = ledger.stage(night.id, "credit"), ledger.stage(night.id, "snapshot")
+        if done is not None and line_drawn is not None and "credited" in done.output:
+            forgot = newest_forgetting(database)
+            line = line_drawn.output["upto"]["trajectory"] if forgot is None or forgot < line_drawn.at else 0
+            break
+    new = runs.run_ids(database, DAYS, after_seq=line, upto_seq=upto["trajectory"])
+    return new | runs.spoken_of(database, upto_seq=upto["feedback"])
 
 
 def remember(run: NightRun) -> Output:
@@ -183,10 +243,11 @@ def remember(run: NightRun) -> Output:
 
     report, kept = run.wait(distil())
     known = services.ledger.past_runs()
-    runs = past_runs(snap, known)
-    for past_run in runs:
+    new = past_runs(snap, known)
+    for past_run in new:
         services.ledger.add_past_run(past_run)
-    rejected = {said.id for said in services.ledger.feedback() if said.trust is Trust.REJECTED}
+    behind = runs.feedback_by_id(services.ledger.database, chain.from_iterable(old.sources for old in known))
+    rejected = {said.id for said in behind if said.trust is Trust.REJECTED}
     newer = "a newer trusted correction of its question gives another answer"
     outdated = {old.id: newer for old in contradicted(snap, known)}
     outdated |= {old.id: "the word behind it was rejected" for old in known if rejected & set(old.sources)}
@@ -194,7 +255,7 @@ def remember(run: NightRun) -> Output:
         if old.id in outdated and old.status in RECALLABLE and not old.pinned:
             services.ledger.set_memory_status(old.id, MemoryStatus.RETIRED, outdated[old.id])
     moved = lessons.review_items(services, champion.number)
-    told = f"{kept['added']} principles ({kept['merged']} merged), {len(runs)} runs remembered"
+    told = f"{kept['added']} principles ({kept['merged']} merged), {len(new)} runs remembered"
     run.emit("principles", told, dropped=report.dropped, moved=moved)
-    counts = {"principles": kept["added"], "merged": kept["merged"], "runs": len(runs)}
+    counts = {"principles": kept["added"], "merged": kept["merged"], "runs": len(new)}
     return {**counts, "dropped": report.dropped, "moved": moved}

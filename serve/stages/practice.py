@@ -22,6 +22,7 @@ from distill.partings import Question
 from distill.practice import ArmFigures, Choice, Plan, Try, plan
 from distill.recipes.dissatisfaction import unanswered
 from distill.snapshot import Snapshot, judged_blindly
+from memory import runs
 from memory.errors import NotEnoughExperienceError, NotFoundError
 from memory.night_records import Generation
 from memory.records import Feedback, Purpose, StopReason, Task, Trajectory
@@ -111,7 +112,7 @@ def chosen_for(run: NightRun, material: Snapshot, budget: int, complaints_alone:
     `complaints_alone` tasks for complaints."""
     ledger, settings = run.services.ledger, run.services.settings
     upto = run.done("snapshot")["upto"]["trajectory"]
-    lived = ledger.trajectories(purpose=(*DAYS, Purpose.PRACTICE), upto_seq=upto, limit=RECENT, newest_first=True)
+    lived = runs.newest(ledger.database, (*DAYS, Purpose.PRACTICE), limit=RECENT, upto_seq=upto)
     tasks = ledger.tasks(t.task_id for t in lived)
     samples, seed = settings.night.practice_samples, settings.dataset.seed
     plan = plan_of(lived[::-1], tasks, material, budget=budget, samples=samples, seed=seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from distill.snapshot import Snapshot
+from memory import runs
 from memory.forget import must_start_from_base
 from memory.records import FeedbackKind, Purpose, Trajectory
 from serve.stages.material import DAYS, learned_upto, on_trial, tried_upto
@@ -30,11 +31,10 @@ def nothing_new(run: NightRun, material: Snapshot) -> str | None:
     learned, tried = learned_upto(ledger, drawn["champion"]), tried_upto(run)
     since = drawn["since"] if options.get("since") else tried
     upto = drawn["upto"]
-    made = ledger.trajectories(after_seq=since["trajectory"], upto_seq=upto["trajectory"], purpose=DAYS)
-    said = ledger.feedback(after_seq=since["feedback"], upto_seq=upto["feedback"])
-    fresh = {t.id for t in made} | {f.trajectory_id for f in said}
-    runs = (t for t in (*material.trajectories, *material.begun, *material.taught) if t.id in fresh)
-    found = sum(_tells(material, t) for t in runs)
+    made = runs.run_ids(ledger.database, DAYS, after_seq=since["trajectory"], upto_seq=upto["trajectory"])
+    fresh = made | runs.spoken_of(ledger.database, after_seq=since["feedback"], upto_seq=upto["feedback"])
+    everything = (*material.trajectories, *material.begun, *material.taught)
+    found = sum(_tells(material, t) for t in everything if t.id in fresh)
     if found >= config.min_failures:
         return None
     few = (

@@ -13,9 +13,11 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import Engine, create_engine, event, inspect, text
 
+from memory import runs
 from memory.database import Database
 from memory.errors import ConfigError, LedgerError
 from memory.ledger import Ledger
+from memory.records import Outcome, OutcomeSource, Purpose
 from memory.schema import metadata
 from tests.memory import samples
 
@@ -54,6 +56,36 @@ def test_a_database_of_a_newer_version_is_refused_untouched(url: str):
     with pytest.raises(LedgerError, match="another version of Nightschool") as caught:
         Ledger.open(url)
     assert "\n" not in str(caught.value)
+
+
+def test_a_ledger_of_an_older_version_counts_its_runs_like_a_new_one(url: str):
+    ledger = Ledger.open(url)
+    task = samples.task("\u0000")
+    ledger.add_task(task)
+    judged = (None, Outcome(score=0.5, by=OutcomeSource.VERIFIER), Outcome(score=1.0, by=OutcomeSource.VERIFIER))
+    for generation, outcome in enumerate(judged):
+        run = samples.trajectory(task, "\ud83d \u0000").model_copy(
+            update={"generation": generation, "outcome": outcome}
+        )
+        ledger.add_trajectory(run)
+    with ledger.database.writing() as connection:
+        before = connection.execute(text("SELECT generation, success FROM trajectories ORDER BY seq")).all()
+        for statement in (
+            "DROP INDEX ix_trajectories_purpose_seq_generation_success",
+            "DROP INDEX ix_memory_item_uses_use_key",
+            "CREATE INDEX ix_trajectories_purpose_seq ON trajectories (purpose, seq)",
+            "ALTER TABLE trajectories DROP COLUMN generation",
+            "ALTER TABLE trajectories DROP COLUMN success",
+            "UPDATE alembic_version SET version_num = '0003'",
+        ):
+            connection.execute(text(statement))
+    ledger.close()
+    again = Ledger.open(url)
+    with again.database.reading() as connection:
+        after = connection.execute(text("SELECT generation, success FROM trajectories ORDER BY seq")).all()
+    assert [tuple(row) for row in after] == [tuple(row) for row in before] == [(0, None), (1, False), (2, True)]
+    assert runs.count(again.database, Purpose.SERVE) == runs.Counted(3, 1)
+    again.close()
 
 
 def test_sqlite_is_opened_for_safety(tmp_path: Path):
@@ -179,4 +211,4 @@ def test_two_threads_may_open_the_same_new_ledger(tmp_path: Path):
     for ledger in ledgers:
         ledger.close()
     with create_engine(url).connect() as connection:
-        assert connection.execute(text("SELECT version_num FROM alembic_version")).scalar_one() == "0003"
+        assert connection.execute(text("SELECT version_num FROM alembic_version")).scalar_one() == "0004"
