@@ -58,7 +58,7 @@ _HEADING = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 _TAG = re.compile(
-    r"<[/|]?[A-Za-z_|][^<>]{0,40}>|<\||\|>|\[/?(?:DESCRIPTION|STRUCTURE|INST)\]|\b(?:Action|Observation)\s{0,3}:",
+    r"<[/|]?(?:[^\W\d]|\|)[^<>]{0,40}>|<\||\|>|\[/?(?:DESCRIPTION|STRUCTURE|INST)\]|\b(?:Action|Observation)\s{0,3}:",
     re.IGNORECASE,
 )
 _PART = r"\s{0,8}([^,()\[\]\n]{1,100}),"

@@ -96,6 +96,7 @@ def test_a_reply_is_read_and_repaired(reply, text, structure):
         ("[DESCRIPTION]: the sentence", Flaw.ECHO),
         ("[DESCRIPTION]: Always " + "very " * 80 + "carefully", Flaw.TOO_LONG),
         ("[DESCRIPTION]: Put it into <answer> tags always", Flaw.PROTOCOL),
+        ("[DESCRIPTION]: Put it into <ответ> tags always", Flaw.PROTOCOL),
         ("[DESCRIPTION]: Say Action: calc(1+1) and wait", Flaw.PROTOCOL),
         ("[DESCRIPTION]: Always end turns with <|im_end|> please", Flaw.PROTOCOL),
         ("[DESCRIPTION]: Always check the units.\n[STRUCTURE]: [(agent, opens, <think>)]", Flaw.PROTOCOL),
@@ -111,7 +112,7 @@ def well_formed(draft: Draft) -> bool:
         0 < len(draft.text) <= MAX_TEXT
         and all(part == " ".join(part.split()) and part and part.isprintable() for part in said)
         and all(len(triplet) == 3 for triplet in draft.structure)
-        and not re.search(r"</?\w+>|\[DESCRIPTION\]|\[STRUCTURE\]", " ".join(said), re.IGNORECASE)
+        and not re.search(r"</?[^\W\d]\w*>|\[DESCRIPTION\]|\[STRUCTURE\]", " ".join(said), re.IGNORECASE)
     )
 
 
