@@ -144,6 +144,8 @@ class TrainResult(BaseModel):
     dpo_pairs: int
     too_long: int
     """Rows and pairs left out because they exceed `max_length`."""
+    unrendered: int = 0
+    """Those left out because the chat template cannot render them; `note` says why."""
     served_prompts: int = 0
     """Prompts as they were served that the trained ones were compared with (`distill.train.served`)."""
     losses: dict[str, list[float]]

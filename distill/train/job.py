@@ -22,12 +22,12 @@ from distill.train.loop import steps_of
 from distill.train.model import load_policy, load_tokenizer, save_adapter
 from distill.train.progress import Progress, last_checkpoint, told_seconds, write_whole
 from distill.train.proof import write_proof
-from distill.train.render import Pair, Row, read_examples, render_pair, render_row
+from distill.train.render import Pair, Row, read_examples, render_all, render_pair, render_row
 from distill.train.served import FILE as SERVED
 from distill.train.served import check_served
 from distill.train.sft import sft_trainer
 from memory.errors import TrainingError
-from memory.records import ExampleKind, content_hash
+from memory.records import Example, ExampleKind, content_hash
 
 
 @dataclass
@@ -37,6 +37,8 @@ class Data:
     rows: list[Row]
     pairs: list[Pair]
     too_long: int
+    flaws: list[str]
+    """Why examples could not be rendered, one for each."""
     served_prompts: int
     """That were compared."""
 
@@ -90,8 +92,10 @@ def train(job: TrainJob) -> TrainResult:
     steps = {phase: max(min(1, plan.steps), int(plan.steps * share)) for phase, plan in plans.items()}
     progress.steps = sum(steps.values())
     progress.seconds_before = told_seconds(job.progress_path) if same else 0.0
+    note = "; ".join(part for part in (note, _told(data.flaws)) if part)
     figures = {"profile": config.profile, "rows": len(data.rows), "pairs": len(data.pairs), "too_long": data.too_long}
-    progress.say("start", steps=progress.steps, **figures, served_prompts=data.served_prompts, note=note)
+    figures |= {"unrendered": len(data.flaws), "served_prompts": data.served_prompts}
+    progress.say("start", steps=progress.steps, **figures, note=note)
 
     tally = Tally()
     policy = job.parent_adapter
@@ -117,22 +121,30 @@ def train(job: TrainJob) -> TrainResult:
 def load_data(job: TrainJob, tokenizer: Any) -> Data:
     """Rows and pairs of a job's dataset as token ids.
 
-    Raises TrainingError when nothing is left to learn, or when they would be other tokens than are served.
+    An example that cannot be rendered is left out and counted. Raises TrainingError when nothing is left to learn, or
+    when they would be other tokens than are served.
     """
     config = job.config
     served = check_served(job.dataset_dir / SERVED, tokenizer)
     examples, _ = apart(read_examples(job.dataset_dir / SFT_FILE, ExampleKind.SFT), config)
-    rows = [render_row(e, tokenizer) for e in examples]
-    pairs = []
+    rows, flaws = render_all(examples, render_row, tokenizer)
+    pairs: list[tuple[Example, Pair]] = []
     if config.dpo_epochs:
-        pairs = [render_pair(e, tokenizer) for e in read_examples(job.dataset_dir / DPO_FILE, ExampleKind.DPO)]
-    kept_rows = [r for r in rows if len(r.input_ids) <= config.max_length]
-    kept_pairs = [p for p in pairs if p.longest <= config.max_length]
+        preferences = read_examples(job.dataset_dir / DPO_FILE, ExampleKind.DPO)
+        pairs, more = render_all(preferences, render_pair, tokenizer)
+        flaws += more
+    kept_rows = [row for _, row in rows if len(row.input_ids) <= config.max_length]
+    kept_pairs = [pair for _, pair in pairs if pair.longest <= config.max_length]
     too_long = len(rows) + len(pairs) - len(kept_rows) - len(kept_pairs)
     if not kept_rows and not kept_pairs:
-        why = f"all {too_long} examples are longer than {config.max_length} tokens" if too_long else "no examples"
+        long = f"all {too_long} examples are longer than {config.max_length} tokens" if too_long else ""
+        why = "; ".join(part for part in (long, _told(flaws)) if part) or "no examples"
         raise TrainingError(f"nothing to train on in {job.dataset_dir}: {why}")
-    return Data(kept_rows, kept_pairs, too_long, served)
+    return Data(kept_rows, kept_pairs, too_long, flaws, served)
+
+
+def _told(flaws: list[str]) -> str:
+    return f"{len(flaws)} examples left out that cannot be rendered, such as: {flaws[0]}" if flaws else ""
 
 
 def _profile(job: TrainJob) -> tuple[TrainConfig, str]:
@@ -234,6 +246,7 @@ def _result(job: TrainJob, config: TrainConfig, note: str, data: Data, progress:
         sft_rows=len(data.rows),
         dpo_pairs=len(data.pairs),
         too_long=data.too_long,
+        unrendered=len(data.flaws),
         served_prompts=data.served_prompts,
         losses=tally.losses,
         tokens=tokens,

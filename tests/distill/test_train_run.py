@@ -102,6 +102,16 @@ def test_rows_beyond_the_context_are_left_out_and_counted(tmp_path):
     assert (result.sft_rows, result.too_long) == (4, 1)
 
 
+def test_a_row_that_cannot_be_rendered_is_left_out_counted_and_told(tmp_path):
+    empty = sft([say("user", "1"), say("assistant", "2", True)])
+    job = make_job(tmp_path, [*sums(4), empty], epochs=1)
+    result = train(job)
+    assert (result.sft_rows, result.unrendered) == (4, 1)
+    assert "1 examples left out" in result.note
+    assert empty.id in result.note
+    assert events_of(job, "start")[0]["unrendered"] == 1
+
+
 @pytest.mark.parametrize(
     ("examples", "message"),
     [([], "no examples"), ([sft([say("user", "1"), say("assistant", "2", True)])], "nothing to learn")],
