@@ -132,5 +132,12 @@ def replayed(run: NightRun, snap: Snapshot, new: Sequence[Example]) -> list[Exam
     for example in new:
         if example.task_id in tasks:
             caps.holds(example)
-    seed = settings.dataset.seed
-    return replay(allowed, new=len(new), share=share, seed=seed, shares=shares, fits=caps.takes)
+    return replay(
+        allowed,
+        new=len(new),
+        share=share,
+        seed=settings.dataset.seed,
+        champion=champion,
+        shares=shares,
+        fits=caps.takes,
+    )
