@@ -148,6 +148,8 @@ class TrainResult(BaseModel):
     """Those left out because the chat template cannot render them; `note` says why."""
     served_prompts: int = 0
     """Prompts as they were served that the trained ones were compared with (`distill.train.served`)."""
+    unreached: list[str] = []
+    """Sources of the examples that a shortened run never saw, and of none that it saw."""
     losses: dict[str, list[float]]
     """One figure per step and phase (`sft`, `dpo`)."""
     tokens: int

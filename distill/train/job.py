@@ -18,7 +18,7 @@ from distill.train.config import DPO_FILE, RESULT, SFT_FILE, TrainConfig, TrainJ
 from distill.train.dpo import check_reference, dpo_trainer
 from distill.train.fast import skippable
 from distill.train.interpolate import apart, toward_previous
-from distill.train.loop import steps_of
+from distill.train.loop import reached, steps_of
 from distill.train.model import load_policy, load_tokenizer, save_adapter
 from distill.train.progress import Progress, last_checkpoint, told_seconds, write_whole
 from distill.train.proof import write_proof
@@ -41,6 +41,8 @@ class Data:
     """Why examples could not be rendered, one for each."""
     served_prompts: int
     """That were compared."""
+    sources: dict[str, list[list[str]]] = field(default_factory=dict)
+    """Phase -> what each of its rows or pairs rests on."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ class Tally:
 
     losses: dict[str, list[float]] = field(default_factory=dict)
     reference_loss: float | None = None
+    done: dict[str, int] = field(default_factory=dict)
+    """Steps by phase."""
     steps: int = 0
     tokens: int = 0
     trained: float = 0.0
@@ -133,14 +137,15 @@ def load_data(job: TrainJob, tokenizer: Any) -> Data:
         preferences = read_examples(job.dataset_dir / DPO_FILE, ExampleKind.DPO)
         pairs, more = render_all(preferences, render_pair, tokenizer)
         flaws += more
-    kept_rows = [row for _, row in rows if len(row.input_ids) <= config.max_length]
-    kept_pairs = [pair for _, pair in pairs if pair.longest <= config.max_length]
-    too_long = len(rows) + len(pairs) - len(kept_rows) - len(kept_pairs)
-    if not kept_rows and not kept_pairs:
+    fit_rows = [(example, row) for example, row in rows if len(row.input_ids) <= config.max_length]
+    fit_pairs = [(example, pair) for example, pair in pairs if pair.longest <= config.max_length]
+    too_long = len(rows) + len(pairs) - len(fit_rows) - len(fit_pairs)
+    if not fit_rows and not fit_pairs:
         long = f"all {too_long} examples are longer than {config.max_length} tokens" if too_long else ""
         why = "; ".join(part for part in (long, _told(flaws)) if part) or "no examples"
         raise TrainingError(f"nothing to train on in {job.dataset_dir}: {why}")
-    return Data(kept_rows, kept_pairs, too_long, flaws, served)
+    sources = {"sft": [e.sources for e, _ in fit_rows], "dpo": [e.sources for e, _ in fit_pairs]}
+    return Data([row for _, row in fit_rows], [pair for _, pair in fit_pairs], too_long, flaws, served, sources)
 
 
 def _told(flaws: list[str]) -> str:
@@ -224,6 +229,7 @@ def _phase(
     kept = json.loads(measured.read_text())
     tally.losses[phase] = kept["losses"]
     tally.reference_loss = kept["reference_loss"]
+    tally.done[phase] = kept["steps"]
     tally.steps += kept["steps"]
     tally.tokens += kept["tokens"]
     tally.trained += plan.trained * kept["tokens"] / plan.tokens
@@ -248,6 +254,7 @@ def _result(job: TrainJob, config: TrainConfig, note: str, data: Data, progress:
         too_long=data.too_long,
         unrendered=len(data.flaws),
         served_prompts=data.served_prompts,
+        unreached=_unreached(data, config, tally.done),
         losses=tally.losses,
         tokens=tokens,
         trained_tokens=trained,
@@ -257,6 +264,18 @@ def _result(job: TrainJob, config: TrainConfig, note: str, data: Data, progress:
         reference_loss=tally.reference_loss,
         config=job.config,
     )
+
+
+def _unreached(data: Data, config: TrainConfig, done: dict[str, int]) -> list[str]:
+    """The sources of what no step saw, less those of what one saw."""
+    lengths = {"sft": [len(r.input_ids) for r in data.rows], "dpo": [p.longest for p in data.pairs]}
+    seen: set[str] = set()
+    everything: set[str] = set()
+    for phase, batch in (("sft", config.batch_size), ("dpo", config.dpo_batch_size)):
+        places = reached(lengths[phase], batch, config, done.get(phase, 0))
+        seen |= {source for at in places for source in data.sources[phase][at]}
+        everything |= {source for sources in data.sources[phase] for source in sources}
+    return sorted(everything - seen)
 
 
 def _publish(job: TrainJob, adapter: Path, result: TrainResult) -> None:

@@ -20,7 +20,7 @@ from memory.night_records import NightStatus
 from memory.records import Example, ExampleKind, Message, Task, Trust
 from serve import promotion
 from serve.escalation import recipes_with_teacher
-from serve.stages.material import load_snapshot
+from serve.stages.material import MOST_LEFT, load_snapshot
 from serve.stages.night_run import NightRun, Output, starts_from
 from serve.stages.training import train_config
 from serve.stages.worth import nothing_new
@@ -54,7 +54,8 @@ def make_dataset(run: NightRun) -> Output:
         services.ledger.set_examples(run.night.id, dataset.examples)
         manifest = write(dataset, folder)
     run.emit("dataset", f"{sum(f.rows for f in manifest.files.values())} rows", counts=manifest.counts)
-    return {"folder": str(folder), **manifest.model_dump(mode="json", include={"counts", "dropped", "files"})}
+    figures = manifest.model_dump(mode="json", include={"counts", "dropped", "files"})
+    return {"folder": str(folder), **figures, "left": manifest.left[:MOST_LEFT]}
 
 
 def trains_on_pairs(run: NightRun) -> bool:

@@ -23,6 +23,9 @@ from serve.suites import night_suites
 DAYS = (Purpose.SERVE, Purpose.TEACHER)
 """What the days brought; practice is the nights' own."""
 
+MOST_LEFT = 4000
+"""Runs that a night keeps for the next one, of what its caps and of what its budget left out."""
+
 PARTIAL = ("training_file", "since", "recipes")
 """Options of a night that leaves out some of what the days brought: the next one still has all of it to learn."""
 
@@ -35,7 +38,9 @@ def snapshot(run: NightRun) -> Output:
     start = "base" if tainted else settings.night.train_from
     asked = run.night.options.get("since")
     champion = ledger.champion().number
-    since = learned_upto(ledger, champion) if start == "champion" and not asked else {"trajectory": 0, "feedback": 0}
+    goes_on = start == "champion" and not asked
+    since = learned_upto(ledger, champion) if goes_on else {"trajectory": 0, "feedback": 0}
+    before = last_learned(ledger, champion) if goes_on else None
     upto = ledger.watermark()
     serve = ledger.trajectories(after_seq=since["trajectory"], upto_seq=upto["trajectory"], purpose=DAYS)
     new = sum(_ended(t) >= datetime.fromisoformat(asked) for t in serve) if asked else len(serve)
@@ -43,20 +48,46 @@ def snapshot(run: NightRun) -> Output:
     told += "; starting from the base model, since the champion learned from what was forgotten" if tainted else ""
     run.emit("snapshot", told, runs=new)
     drawn = {"since": since, "upto": upto, "champion": champion, "runs": new, "train_from": start}
-    return {**drawn, "since_time": asked}
+    return {**drawn, "since_time": asked, "after": before.id if before else None}
+
+
+def last_learned(ledger: Ledger, champion: int) -> Night | None:
+    """The newest night from which the champion learned what the days had brought. What only a generation knows that
+    was rolled back since is still to be learned."""
+    known = promotion.ancestry(ledger, champion)
+    for night in reversed(ledger.nights()):
+        promoted = night.status is NightStatus.PROMOTED and night.candidate in known
+        if promoted and not any(night.options.get(name) for name in PARTIAL) and ledger.stage(night.id, "snapshot"):
+            return night
+    return None
 
 
 def learned_upto(ledger: Ledger, champion: int) -> dict[str, int]:
-    """The line up to which a champion has learned all that the days brought: by kind of record, its last seq. What
-    only a generation knows that was rolled back since is still to be learned."""
-    known, line = promotion.ancestry(ledger, champion), {"trajectory": 0, "feedback": 0}
-    for night in ledger.nights():
-        stage = ledger.stage(night.id, "snapshot")
-        whole = not any(night.options.get(name) for name in PARTIAL)
-        if whole and night.status is NightStatus.PROMOTED and night.candidate in known and stage is not None:
-            practised = ledger.stage(night.id, "practice")
-            line = stage.output["upto"] | ({"practice": practised.output["upto"]} if practised else {})
-    return line
+    """The line up to which a champion has learned what the days brought: by kind of record, its last seq. What its
+    night had no room or no time for lies behind the line all the same (`left_over`)."""
+    night = last_learned(ledger, champion)
+    drawn = ledger.stage(night.id, "snapshot") if night else None
+    if night is None or drawn is None:
+        return {"trajectory": 0, "feedback": 0}
+    practised = ledger.stage(night.id, "practice")
+    return drawn.output["upto"] | ({"practice": practised.output["upto"]} if practised else {})
+
+
+def left_over(run: NightRun) -> set[str]:
+    """The runs behind the night's line that are to be learned all the same: over the caps of the night that drew it,
+    or not reached by its training. That night has decided, so they are the same whenever this is asked."""
+    night = run.done("snapshot").get("after")
+    stages = [run.services.ledger.stage(night, name) for name in ("dataset", "train")] if night else []
+    return {id for stage in stages if stage is not None for id in stage.output.get("left", [])}
+
+
+def tonights(run: NightRun, sources: list[str]) -> list[str]:
+    """Those of the sources that are runs of the night's own material: what was replayed had been learned before."""
+    if not sources:
+        return []
+    snap = load_snapshot(run)
+    mine = {t.id for t in (*snap.trajectories, *snap.begun, *snap.taught)}
+    return [id for id in sources if id in mine][:MOST_LEFT]
 
 
 def tried_upto(run: NightRun) -> dict[str, int]:
@@ -100,6 +131,7 @@ def load_snapshot(run: NightRun) -> Snapshot:
         said = [f for f in said if f.created_at >= datetime.fromisoformat(asked)]
     # A run that was corrected later than it was made is new experience as well.
     wanted = {t.id for t in new} | {f.trajectory_id for f in said if f.trajectory_id in runs}
+    wanted |= left_over(run) & runs.keys()
     trajectories = [runs[id] for id in sorted(wanted)]
     heard = ledger.feedback(upto_seq=drawn["upto"]["feedback"])
     feedback = [f for f in heard if f.trajectory_id in wanted]

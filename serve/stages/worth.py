@@ -5,7 +5,7 @@ from __future__ import annotations
 from distill.snapshot import Snapshot
 from memory.forget import must_start_from_base
 from memory.records import FeedbackKind, Purpose, Trajectory
-from serve.stages.material import DAYS, learned_upto, tried_upto
+from serve.stages.material import DAYS, learned_upto, left_over, tried_upto
 from serve.stages.night_run import NightRun
 from serve.stages.practice import PRACTICE
 
@@ -17,8 +17,8 @@ def nothing_new(run: NightRun, material: Snapshot) -> str | None:
     """Why training on `material` would teach nothing new; None when it may.
 
     New is what came after the line up to which training from the champion has been tried, however far back tonight's
-    examples go. Never said of a night that was told what to learn (recipes, an uploaded file), that practises, or that
-    has to train because something was forgotten.
+    examples go, and what the champion's own night had no room or time for. Never said of a night that was told what to
+    learn (recipes, an uploaded file), that practises, or that has to train because something was forgotten.
     """
     ledger, config, options = run.services.ledger, run.services.settings.night, run.night.options
     told = any(options.get(name) for name in ("training_file", "recipes", PRACTICE)) or config.practice
@@ -31,6 +31,8 @@ def nothing_new(run: NightRun, material: Snapshot) -> str | None:
     made = ledger.trajectories(after_seq=since["trajectory"], upto_seq=upto["trajectory"], purpose=DAYS)
     said = ledger.feedback(after_seq=since["feedback"], upto_seq=upto["feedback"])
     fresh = {t.id for t in made} | {f.trajectory_id for f in said}
+    # A night that was rejected since had them among its own.
+    fresh |= left_over(run) if tried == learned else set()
     runs = (t for t in (*material.trajectories, *material.begun, *material.taught) if t.id in fresh)
     found = sum(_tells(material, t) for t in runs)
     if found >= config.min_failures:
