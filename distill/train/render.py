@@ -161,6 +161,11 @@ def ids_of_prompt(messages: list[Message], tools: list[str], tokenizer: PreTrain
     return _ids(_rendered(messages, tools), tokenizer, prompt=True)
 
 
+def text_of_turn(message: Message, tools: list[str]) -> str:
+    """What an assistant turn says, as it is trained."""
+    return text_of(_rendered([message], tools)[0])
+
+
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
     """The token that a trained assistant turn ends with. Raises TrainingError when the template has none."""
     turn: list[Message] = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
