@@ -90,6 +90,8 @@ class Dataset:
     memory_watermark: str = ""
     recipes: list[str] = field(default_factory=list)
     upto: dict[str, int] = field(default_factory=dict)
+    left: list[str] = field(default_factory=list)
+    """Runs that teach nothing tonight only because a cap was reached."""
 
 
 class DatasetFile(BaseModel):
@@ -126,6 +128,8 @@ class Manifest(BaseModel):
     """Those that were asked, in their order; none over an uploaded file."""
     upto: dict[str, int] = Field(default_factory=dict)
     """The night's line, by kind of record its last seq in the ledger: nothing behind it was looked at."""
+    left: list[str] = []
+    """Ids of the runs that only a cap kept out: they are still to be learned."""
 
 
 def build(
@@ -176,7 +180,7 @@ def _laid_out(
     compose: Compose,
     config: DatasetConfig,
 ) -> Dataset:
-    chosen = _capped(snapshot, config, candidates, dropped)
+    chosen, left = _capped(snapshot, config, candidates, dropped)
     if len(chosen) < config.min_examples:
         raise NotEnoughExperienceError(
             f"{too_few(len(chosen), config.min_examples, dropped)}: "
@@ -202,6 +206,7 @@ def _laid_out(
         config=config,
         seed=snapshot.seed,
         served=served_of(snapshot),
+        left=left,
     )
 
 
@@ -243,6 +248,7 @@ def write(dataset: Dataset, folder: Path) -> Manifest:
         memory_watermark=dataset.memory_watermark,
         recipes=dataset.recipes,
         upto=dataset.upto,
+        left=dataset.left,
     )
     with boundary(TrainingError, f"cannot write the dataset {folder}; check the disk and its permissions"):
         if folder.exists() and any(folder.iterdir()):
@@ -329,9 +335,12 @@ class Caps:
 
 def _capped(
     snapshot: Snapshot, config: DatasetConfig, candidates: list[Example], dropped: Counter[str]
-) -> list[Example]:
-    """The candidates under all caps. Every question's first example goes before anyone's second, in
-    an order of questions that only the seed decides: a cap thins the data evenly."""
+) -> tuple[list[Example], list[str]]:
+    """(the candidates under all caps, the runs that only a cap kept out). Every question's first example goes before
+    anyone's second, in an order of questions that only the seed decides: a cap thins the data evenly.
+
+    What is over a question's own cap is not kept for later: the question was taught.
+    """
     of_task: Counter[tuple[str, str, str]] = Counter()
     ranked: list[tuple[int, str, int, Example]] = []
     for position, example in enumerate(candidates):
@@ -341,14 +350,18 @@ def _capped(
         of_task[question] += 1
     caps = Caps(config, {e.task_id: snapshot.tasks[e.task_id] for e in candidates}, snapshot.feedback)
     chosen: list[Example] = []
+    over: list[Example] = []
     for rank, _, _, example in sorted(ranked, key=lambda entry: entry[:3]):
         reached = "max_per_task" if rank >= config.max_per_task else caps.reached(example)
         if reached is not None:
             dropped[f"over {reached}"] += 1
+            over += [example] if reached != "max_per_task" else []
         else:
             caps.count(example)
             chosen.append(example)
-    return chosen
+    taught = {source for example in chosen for source in example.sources}
+    runs = {t.id for t in (*snapshot.trajectories, *snapshot.begun, *snapshot.taught)} - taught
+    return chosen, [id for id in dict.fromkeys(id for example in over for id in example.sources) if id in runs]
 
 
 def _lesson(example: Example) -> str:

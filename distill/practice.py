@@ -5,6 +5,9 @@ SEC (arXiv 2505.14970): an arm's value is the mean |advantage| of its tries, car
 advantage is largest at 50% success, and zero where all tries end alike. On top comes how far success has moved since
 the generation before: what moves is being learned, or forgotten.
 
+A workload's name is the caller's to choose. So tenants share the budget evenly, and a tenant's workloads of a few
+questions are one arm together: names alone do not draw the bonus of what was never tried.
+
 Pure: records in, a plan out. Owns no runs (`serve.stages.practice`).
 """
 
@@ -15,6 +18,7 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from statistics import fmean
 
 from pydantic import BaseModel
@@ -28,6 +32,9 @@ CARRIED = 0.3
 
 MIN_MOVED = 4
 """Tries by each of two generations before their difference counts as a move."""
+
+MIN_QUESTIONS = 4
+"""Fewer than these make no arm of their own."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +58,7 @@ class Choice:
 
 
 class ArmFigures(BaseModel):
-    """Why a workload got its share."""
+    """Why a workload got its share; of a small one, `advantage`, `moved` and `score` are those of all small ones."""
 
     tenant: str
     workload: str
@@ -89,56 +96,78 @@ class Plan:
 
 @dataclass
 class _Standing:
+    """One arm, or a tenant's small ones together."""
+
     tries: list[Try] = field(default_factory=list[Try])
     tasks: list[Choice] = field(default_factory=list[Choice])
     drawn: int = 0
+
+    @cached_property
+    def advantage(self) -> float:
+        return _advantage(self.tries)
+
+    @cached_property
+    def moved(self) -> float:
+        return _moved(self.tries)
+
+    def score(self, total: int, samples: int) -> float:
+        """What the softmax goes by, when there are `total` tries of all that competes with it."""
+        return self.advantage + self.moved + _bonus(total, len(self.tries) + samples * self.drawn)
 
 
 def plan(choices: Iterable[Choice], history: Iterable[Try], *, budget: int, samples: int, seed: int) -> Plan:
     """`budget` tasks (all, when there are fewer) for `samples` tries each; the same arguments give the same plan.
 
-    `history` in the order in which it happened. A question is chosen once, however often it was asked.
+    `history` in the order in which it happened. A question is chosen once, however often it was asked. The tenant with
+    the fewest tasks so far is next.
     """
-    arms: defaultdict[Arm, _Standing] = defaultdict(_Standing)
-    by_question: defaultdict[tuple[Arm, str], list[bool]] = defaultdict(list)
     distinct = {(choice.arm, choice.question): choice for choice in sorted(choices, key=lambda c: c.task_id)}
-    for key in sorted(distinct):
-        arms[key[0]].tasks.append(distinct[key])
+    offered = [distinct[key] for key in sorted(distinct)]
+    questions = Counter(choice.arm for choice in offered)
+    standings: defaultdict[Arm, _Standing] = defaultdict(_Standing)
+    standing_of = {arm: standings[arm if count >= MIN_QUESTIONS else (arm[0], "")] for arm, count in questions.items()}
+    own: defaultdict[Arm, list[bool]] = defaultdict(list)
+    by_question: defaultdict[tuple[Arm, str], list[bool]] = defaultdict(list)
+    for choice in offered:
+        standing_of[choice.arm].tasks.append(choice)
     for one in history:
-        if one.arm in arms:
-            arms[one.arm].tries.append(one)
+        if one.arm in standing_of:
+            standing_of[one.arm].tries.append(one)
+            own[one.arm].append(one.success)
             by_question[one.arm, one.question].append(one.success)
-    left = {arm: list(arms[arm].tasks) for arm in sorted(arms)}
-    values = {arm: (_advantage(arms[arm].tries), _moved(arms[arm].tries)) for arm in left}
-    total = sum(len(standing.tries) for standing in arms.values())
-    begun = {arm: sum(values[arm]) + _bonus(total, len(arms[arm].tries)) for arm in left}
-    dice, chosen = random.Random(seed), list[str]()
-    while len(chosen) < budget and any(left.values()):
-        open_arms = [arm for arm, tasks in left.items() if tasks]
-        done = total + samples * len(chosen)
-        scores = [sum(values[a]) + _bonus(done, len(arms[a].tries) + samples * arms[a].drawn) for a in open_arms]
-        arm = dice.choices(open_arms, _softmax(scores))[0]
-        mean = _smoothed([one.success for one in arms[arm].tries])
-        weights = [_worth(by_question[arm, task.question], mean) for task in left[arm]]
-        task = dice.choices(left[arm], weights)[0]
-        left[arm].remove(task)
-        arms[arm].drawn += 1
-        chosen.append(task.task_id)
+    competing = {tenant: [s for arm, s in standings.items() if arm[0] == tenant] for tenant, _ in standings}
+    tried = {tenant: sum(len(standing.tries) for standing in found) for tenant, found in competing.items()}
+    begun = {arm: standing_of[arm].score(tried[arm[0]], samples) for arm in questions}
+    dice, chosen = random.Random(seed), list[Choice]()
+    drawn = dict.fromkeys(dice.sample(sorted(competing), len(competing)), 0)
+    while len(chosen) < budget and len(chosen) < len(offered):
+        tenant = min((t for t in drawn if any(s.tasks for s in competing[t])), key=lambda t: drawn[t])
+        open_arms = [standing for standing in competing[tenant] if standing.tasks]
+        done = tried[tenant] + samples * drawn[tenant]
+        standing = dice.choices(open_arms, _softmax([s.score(done, samples) for s in open_arms]))[0]
+        mean = _smoothed([one.success for one in standing.tries])
+        weights = [_worth(by_question[task.arm, task.question], mean) for task in standing.tasks]
+        task = dice.choices(standing.tasks, weights)[0]
+        standing.tasks.remove(task)
+        standing.drawn += 1
+        drawn[tenant] += 1
+        chosen.append(task)
+    shares = Counter(choice.arm for choice in chosen)
     figures = [
         ArmFigures(
             tenant=arm[0],
             workload=arm[1],
-            tasks=len(arms[arm].tasks),
-            tries=len(arms[arm].tries),
-            success=round(_smoothed([one.success for one in arms[arm].tries]), 4),
-            advantage=round(values[arm][0], 4),
-            moved=round(values[arm][1], 4),
+            tasks=count,
+            tries=len(own[arm]),
+            success=round(_smoothed(own[arm]), 4),
+            advantage=round(standing_of[arm].advantage, 4),
+            moved=round(standing_of[arm].moved, 4),
             score=round(begun[arm], 4),
-            chosen=arms[arm].drawn,
+            chosen=shares[arm],
         )
-        for arm in left
+        for arm, count in questions.items()
     ]
-    return Plan(chosen, figures)
+    return Plan([choice.task_id for choice in chosen], figures)
 
 
 def _advantage(tries: Sequence[Try]) -> float:

@@ -2,12 +2,14 @@
 
 Replay scheduling (Klasson et al., arXiv 2209.08660): which old tasks to replay when matters while there is
 room for few. A fixed share is the plain form; `replay_shares` raises it where retention dropped. Which
-examples follows from their hash and the seed, so the same snapshot gives the same dataset.
+examples follows from their hash, the seed and the champion, so the same snapshot gives the same dataset.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from statistics import fmean
 
 from memory.night_records import Evaluation, TaskOutcome
 from memory.records import Example, ExampleKind, content_hash
@@ -19,31 +21,31 @@ def replay(
     new: int,
     share: float,
     seed: int,
+    champion: int = 0,
     shares: Mapping[str, float] | None = None,
     fits: Callable[[Example], bool] = lambda _: True,
 ) -> list[Example]:
     """`share` earlier SFT examples for each of `new` ones, workloads in turn, without repeats, of those that `fits`
-    lets through; it is asked once for each, in an order that only the seed decides.
+    lets through; it is asked once for each, in an order that only the seed and the `champion` decide: from each
+    generation other examples come again.
 
-    With `shares` (`replay_shares`) each workload has its own instead, divided by the number of workloads: equal
-    shares come to the same total as one.
+    With `shares` (`replay_shares`) the total goes by their mean, so that equal ones come to the same as one, and a
+    workload's part by its own; what one has too few examples for goes to the others.
     """
     by_workload: dict[str, list[Example]] = {}
     unique = {e.content_hash: e for e in earlier if e.kind is ExampleKind.SFT}
-    for example in sorted(unique.values(), key=lambda e: content_hash([seed, e.content_hash])):
+    for example in sorted(unique.values(), key=lambda e: content_hash([seed, champion, e.content_hash])):
         if fits(example):
             by_workload.setdefault(example.workload, []).append(example)
-    if shares is not None:
-        for workload, examples in by_workload.items():
-            del examples[round(new * shares.get(workload, share) / len(by_workload)) :]
-        wanted = sum(map(len, by_workload.values()))
-    else:
-        wanted = min(round(new * share), sum(map(len, by_workload.values())))
+    own = {workload: (shares or {}).get(workload, share) for workload in sorted(by_workload)}
+    wanted = round(new * fmean(own.values())) if own else 0
     picked: list[Example] = []
-    while len(picked) < wanted:
-        for workload in sorted(by_workload):
-            if by_workload[workload] and len(picked) < wanted:
-                picked.append(by_workload[workload].pop(0))
+    taken: Counter[str] = Counter()
+    while len(picked) < wanted and (left := [workload for workload in own if by_workload[workload]]):
+        # Highest averages (D'Hondt): with equal shares, one after the other.
+        workload = max(left, key=lambda name: own[name] / (taken[name] + 1))
+        picked.append(by_workload[workload].pop(0))
+        taken[workload] += 1
     return picked
 
 

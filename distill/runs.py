@@ -10,6 +10,7 @@ one an assistant answer.
 from __future__ import annotations
 
 import json
+from itertools import takewhile
 from typing import Any
 
 from agent.codec import offered
@@ -82,8 +83,8 @@ def corrected_run(value: Any, task: Task, tools: list[str]) -> list[Message]:
     """A correction's value as a run: a string is the final answer, a list is a better run.
 
     A list may be the whole edited conversation: system, recalled and the task's own messages are
-    taken off its front. Calls without ids get them and their results are paired in order. Raises
-    ValueError with the reason when it is no whole run over `tools`.
+    taken off its front. Calls without ids get them and their results are paired in order; the run comes in
+    its `served_form`. Raises ValueError with the reason when it is no whole run over `tools`.
     """
     if isinstance(value, str):
         value = [{"role": "assistant", "content": value}]
@@ -103,14 +104,34 @@ def corrected_run(value: Any, task: Task, tools: list[str]) -> list[Message]:
         json.dumps(run, ensure_ascii=False).encode()
     except (TypeError, UnicodeEncodeError) as exc:
         raise ValueError("the correction holds what no JSON text can hold") from exc
-    return run
+    return served_form(run)
+
+
+def served_form(run: list[Message]) -> list[Message]:
+    """A whole run in turns that a served model could have taken: one call each, and no words beside it.
+
+    Calls made side by side become turns of their own, each with its result behind it.
+    """
+    turns: list[Message] = []
+    for at, message in enumerate(run):
+        calls = message.get("tool_calls") or []
+        if message.get("role") == "assistant":
+            turns += [] if calls else [message]
+            results = {m["tool_call_id"]: m for m in takewhile(lambda m: m.get("role") == "tool", run[at + 1 :])}
+            for call in calls:
+                turns += [{**message, "content": None, "tool_calls": [call]}, results[call["id"]]]
+    return turns
 
 
 def flaw_of(run: list[Message], tools: list[str]) -> str | None:
     """Why these messages are no whole run; None when they are one."""
     waiting: list[str] = []
+    answered = False
     for message in run:
         role, content = message.get("role"), message.get("content")
+        if answered:
+            # Its answer is what a run is judged by: an earlier one would be learned unjudged.
+            return "an assistant message without tool calls is the run's answer, so nothing may follow it"
         if content is not None and not isinstance(content, (str, list)):
             return f"a message's content must be text, got {type(content).__name__}"
         if role == "tool":
@@ -123,7 +144,8 @@ def flaw_of(run: list[Message], tools: list[str]) -> str | None:
             flaw, waiting = _calls_of(message, tools)
             if flaw:
                 return flaw
-            if not waiting and not text_of(message).strip():
+            answered = not waiting
+            if answered and not text_of(message).strip():
                 return "an assistant message is empty"
         else:
             return f"a run holds assistant and tool messages only, got {role!r}"

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from agent.tools import check_tools
-from distill.runs import flaw_of, task_messages
+from distill.runs import flaw_of, served_form, task_messages
 from memory.errors import ConfigError
 from memory.records import DEFAULT_WORKLOAD, Example, ExampleKind, Message, Task, content_hash
 
@@ -74,6 +74,7 @@ def _read_line(line: str, method: Method, origin: list[Any], tenant: str, tools:
         asked, run = _split(supervised.messages)
         extension, chosen, rejected = supervised.nightschool, None, None
         _check(run, _offered(extension, tools))
+        run = served_form(run)
     else:
         pair = _Preference.model_validate(value)
         asked, run = _split(pair.input.messages)

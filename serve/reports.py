@@ -87,7 +87,7 @@ def night_report(ledger: Ledger, night: Night, model: str, *, tenant: str | None
         curve=_curve(ledger, night),
         learned=learned,
         recipes=_recipes(examples, mine),
-        dropped=outputs.get("dataset", {}).get("dropped", {}),
+        dropped=outputs.get("dataset", {}).get("dropped", {}) | _untrained(trained or {}),
         practice=_practice(outputs["practice"], tries, examples, tenant) if tries is not None else None,
         teacher=teacher,
         training=_training(trained) if trained else None,
@@ -296,6 +296,15 @@ def _teacher(ledger: Ledger, night: Night, line: int) -> TeacherHelp | None:
         ),
         generations=whole,
     )
+
+
+def _untrained(output: dict) -> dict[str, int]:
+    """The rows that the trainer left out, by reason."""
+    counts = {
+        "rows longer than train.max_length": output.get("too_long", 0),
+        "rows that the chat template cannot render": output.get("unrendered", 0),
+    }
+    return {reason: count for reason, count in counts.items() if count}
 
 
 def _training(output: dict) -> Training:

@@ -144,8 +144,12 @@ class TrainResult(BaseModel):
     dpo_pairs: int
     too_long: int
     """Rows and pairs left out because they exceed `max_length`."""
+    unrendered: int = 0
+    """Those left out because the chat template cannot render them; `note` says why."""
     served_prompts: int = 0
     """Prompts as they were served that the trained ones were compared with (`distill.train.served`)."""
+    unreached: list[str] = []
+    """Sources of the examples that a shortened run never saw, and of none that it saw."""
     losses: dict[str, list[float]]
     """One figure per step and phase (`sft`, `dpo`)."""
     tokens: int

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from distill.train.config import SFT_FILE, Interpolation, TrainConfig, TrainJob
 from distill.train.progress import write_whole
-from distill.train.render import Row, read_examples, render_row
+from distill.train.render import Row, read_examples, render_all, render_row
 from memory.errors import TrainingError, boundary
 from memory.records import Example, ExampleKind, content_hash
 
@@ -180,8 +180,7 @@ def validation_rows(job: TrainJob, config: TrainConfig, tokenizer: Any) -> dict[
     """Workload -> the rows that `apart` kept from training."""
     examples = read_examples(job.dataset_dir / SFT_FILE, ExampleKind.SFT)
     rows: dict[str, list[Row]] = {}
-    for example in apart(examples, config)[1]:
-        row = render_row(example, tokenizer)
+    for example, row in render_all(apart(examples, config)[1], render_row, tokenizer)[0]:
         if len(row.input_ids) <= config.max_length:
             rows.setdefault(example.workload, []).append(row)
     return rows

@@ -18,16 +18,16 @@ from distill.train.config import DPO_FILE, RESULT, SFT_FILE, TrainConfig, TrainJ
 from distill.train.dpo import check_reference, dpo_trainer
 from distill.train.fast import skippable
 from distill.train.interpolate import apart, toward_previous
-from distill.train.loop import steps_of
+from distill.train.loop import reached, steps_of
 from distill.train.model import load_policy, load_tokenizer, save_adapter
 from distill.train.progress import Progress, last_checkpoint, told_seconds, write_whole
 from distill.train.proof import write_proof
-from distill.train.render import Pair, Row, read_examples, render_pair, render_row
+from distill.train.render import Pair, Row, read_examples, render_all, render_pair, render_row
 from distill.train.served import FILE as SERVED
 from distill.train.served import check_served
 from distill.train.sft import sft_trainer
 from memory.errors import TrainingError
-from memory.records import ExampleKind, content_hash
+from memory.records import Example, ExampleKind, content_hash
 
 
 @dataclass
@@ -37,8 +37,12 @@ class Data:
     rows: list[Row]
     pairs: list[Pair]
     too_long: int
+    flaws: list[str]
+    """Why examples could not be rendered, one for each."""
     served_prompts: int
     """That were compared."""
+    sources: dict[str, list[list[str]]] = field(default_factory=dict)
+    """Phase -> what each of its rows or pairs rests on."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,8 @@ class Tally:
 
     losses: dict[str, list[float]] = field(default_factory=dict)
     reference_loss: float | None = None
+    done: dict[str, int] = field(default_factory=dict)
+    """Steps by phase."""
     steps: int = 0
     tokens: int = 0
     trained: float = 0.0
@@ -90,8 +96,10 @@ def train(job: TrainJob) -> TrainResult:
     steps = {phase: max(min(1, plan.steps), int(plan.steps * share)) for phase, plan in plans.items()}
     progress.steps = sum(steps.values())
     progress.seconds_before = told_seconds(job.progress_path) if same else 0.0
+    note = "; ".join(part for part in (note, _told(data.flaws)) if part)
     figures = {"profile": config.profile, "rows": len(data.rows), "pairs": len(data.pairs), "too_long": data.too_long}
-    progress.say("start", steps=progress.steps, **figures, served_prompts=data.served_prompts, note=note)
+    figures |= {"unrendered": len(data.flaws), "served_prompts": data.served_prompts}
+    progress.say("start", steps=progress.steps, **figures, note=note)
 
     tally = Tally()
     policy = job.parent_adapter
@@ -118,22 +126,31 @@ def train(job: TrainJob) -> TrainResult:
 def load_data(job: TrainJob, tokenizer: Any) -> Data:
     """Rows and pairs of a job's dataset as token ids.
 
-    Raises TrainingError when nothing is left to learn, or when they would be other tokens than are served.
+    An example that cannot be rendered is left out and counted. Raises TrainingError when nothing is left to learn, or
+    when they would be other tokens than are served.
     """
     config = job.config
     served = check_served(job.dataset_dir / SERVED, tokenizer)
     examples, _ = apart(read_examples(job.dataset_dir / SFT_FILE, ExampleKind.SFT), config)
-    rows = [render_row(e, tokenizer) for e in examples]
-    pairs = []
+    rows, flaws = render_all(examples, render_row, tokenizer)
+    pairs: list[tuple[Example, Pair]] = []
     if config.dpo_epochs:
-        pairs = [render_pair(e, tokenizer) for e in read_examples(job.dataset_dir / DPO_FILE, ExampleKind.DPO)]
-    kept_rows = [r for r in rows if len(r.input_ids) <= config.max_length]
-    kept_pairs = [p for p in pairs if p.longest <= config.max_length]
-    too_long = len(rows) + len(pairs) - len(kept_rows) - len(kept_pairs)
-    if not kept_rows and not kept_pairs:
-        why = f"all {too_long} examples are longer than {config.max_length} tokens" if too_long else "no examples"
+        preferences = read_examples(job.dataset_dir / DPO_FILE, ExampleKind.DPO)
+        pairs, more = render_all(preferences, render_pair, tokenizer)
+        flaws += more
+    fit_rows = [(example, row) for example, row in rows if len(row.input_ids) <= config.max_length]
+    fit_pairs = [(example, pair) for example, pair in pairs if pair.longest <= config.max_length]
+    too_long = len(rows) + len(pairs) - len(fit_rows) - len(fit_pairs)
+    if not fit_rows and not fit_pairs:
+        long = f"all {too_long} examples are longer than {config.max_length} tokens" if too_long else ""
+        why = "; ".join(part for part in (long, _told(flaws)) if part) or "no examples"
         raise TrainingError(f"nothing to train on in {job.dataset_dir}: {why}")
-    return Data(kept_rows, kept_pairs, too_long, served)
+    sources = {"sft": [e.sources for e, _ in fit_rows], "dpo": [e.sources for e, _ in fit_pairs]}
+    return Data([row for _, row in fit_rows], [pair for _, pair in fit_pairs], too_long, flaws, served, sources)
+
+
+def _told(flaws: list[str]) -> str:
+    return f"{len(flaws)} examples left out that cannot be rendered, such as: {flaws[0]}" if flaws else ""
 
 
 def _profile(job: TrainJob) -> tuple[TrainConfig, str]:
@@ -213,6 +230,7 @@ def _phase(
     kept = json.loads(measured.read_text())
     tally.losses[phase] = kept["losses"]
     tally.reference_loss = kept["reference_loss"]
+    tally.done[phase] = kept["steps"]
     tally.steps += kept["steps"]
     tally.tokens += kept["tokens"]
     tally.trained += plan.trained * kept["tokens"] / plan.tokens
@@ -235,7 +253,9 @@ def _result(job: TrainJob, config: TrainConfig, note: str, data: Data, progress:
         sft_rows=len(data.rows),
         dpo_pairs=len(data.pairs),
         too_long=data.too_long,
+        unrendered=len(data.flaws),
         served_prompts=data.served_prompts,
+        unreached=_unreached(data, config, tally.done),
         losses=tally.losses,
         tokens=tokens,
         trained_tokens=trained,
@@ -245,6 +265,18 @@ def _result(job: TrainJob, config: TrainConfig, note: str, data: Data, progress:
         reference_loss=tally.reference_loss,
         config=job.config,
     )
+
+
+def _unreached(data: Data, config: TrainConfig, done: dict[str, int]) -> list[str]:
+    """The sources of what no step saw, less those of what one saw."""
+    lengths = {"sft": [len(r.input_ids) for r in data.rows], "dpo": [p.longest for p in data.pairs]}
+    seen: set[str] = set()
+    everything: set[str] = set()
+    for phase, batch in (("sft", config.batch_size), ("dpo", config.dpo_batch_size)):
+        places = reached(lengths[phase], batch, config, done.get(phase, 0))
+        seen |= {source for at in places for source in data.sources[phase][at]}
+        everything |= {source for sources in data.sources[phase] for source in sources}
+    return sorted(everything - seen)
 
 
 def _publish(job: TrainJob, adapter: Path, result: TrainResult) -> None:

@@ -115,12 +115,15 @@ def _command(job: TrainJob, job_file: Path, python: Path) -> list[str]:
 
 
 def _environment(job: TrainJob) -> dict[str, str]:
-    """The trainer's environment: this project importable, every core used, no model hub asked."""
+    """The trainer's environment: this project importable, every core used, no model hub asked, one GPU for a process
+    without a launcher: transformers would spread over all it sees, which TRL refuses."""
     root = str(Path(__file__).resolve().parents[2])
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cores = job.config.threads or usable
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
     return {
         **os.environ,
+        **({"CUDA_VISIBLE_DEVICES": first} if job.config.processes == 1 else {}),
         "PYTHONPATH": os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH", "")) if p),
         "OMP_NUM_THREADS": str(max(1, cores // job.config.processes)),
         "TOKENIZERS_PARALLELISM": "false",

@@ -79,6 +79,14 @@ class LengthOrder:
         return iter(get_length_grouped_indices(self.lengths, self.batch, generator=generator))
 
 
+def reached(lengths: list[int], batch: int, config: TrainConfig, steps: int) -> set[int]:
+    """Which rows the first `steps` steps of a phase see, by place; all of them once an epoch is over."""
+    if steps >= steps_of(len(lengths), batch, 1, config):
+        return set(range(len(lengths)))
+    rows = batch * config.accumulation * config.processes
+    return set(list(LengthOrder(lengths, rows, config.seed, lambda: 0))[: steps * rows])
+
+
 class SteadyLoop:
     """Mix-in for a Trainer: an interrupted run sees the rows in the order of an uninterrupted one."""
 

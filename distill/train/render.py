@@ -6,9 +6,10 @@ and the model's own chat template, exactly as it is served; no text is composed 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from memory.errors import TrainingError, boundary
 from memory.jsonl import lines_of
@@ -16,6 +17,8 @@ from memory.records import RECALLED, Example, ExampleKind, Message, text_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+T = TypeVar("T")
 
 IGNORE = -100
 """The label of a token that carries no loss (PyTorch's convention)."""
@@ -84,6 +87,23 @@ def read_examples(path: Path, kind: ExampleKind) -> list[Example]:
     return examples
 
 
+def render_all(
+    examples: Iterable[Example],
+    render: Callable[[Example, PreTrainedTokenizerBase], T],
+    tokenizer: PreTrainedTokenizerBase,
+) -> tuple[list[tuple[Example, T]], list[str]]:
+    """(each example with what `render` makes of it, why that could not be done for others). One that cannot be rendered
+    must not end a night: it would end every later one too, since what a failed night had stays to be learned."""
+    made: list[tuple[Example, T]] = []
+    flaws: list[str] = []
+    for example in examples:
+        try:
+            made.append((example, render(example, tokenizer)))
+        except TrainingError as error:
+            flaws.append(str(error))
+    return made, flaws
+
+
 def render_row(example: Example, tokenizer: PreTrainedTokenizerBase) -> Row:
     """Token ids and labels of an SFT example.
 
@@ -141,6 +161,11 @@ def ids_of_prompt(messages: list[Message], tools: list[str], tokenizer: PreTrain
     return _ids(_rendered(messages, tools), tokenizer, prompt=True)
 
 
+def text_of_turn(message: Message, tools: list[str]) -> str:
+    """What an assistant turn says, as it is trained."""
+    return text_of(_rendered([message], tools)[0])
+
+
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
     """The token that a trained assistant turn ends with. Raises TrainingError when the template has none."""
     turn: list[Message] = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
@@ -149,7 +174,13 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def _plain(messages: list[Message], example: Example) -> list[Message]:
-    return _rendered(messages, example.tools)
+    """An example's messages in text form. What the assistant is to say begins without white space, which tokenizers
+    merge with the line end that opens its turn, and templates trim."""
+    plain = _rendered(messages, example.tools)
+    for said, message in zip(plain, messages, strict=True):
+        if message.get("role") == "assistant" and message.get("name") != RECALLED:
+            said["content"] = said["content"].lstrip()
+    return plain
 
 
 def _rendered(messages: list[Message], tools: list[str]) -> list[Message]:

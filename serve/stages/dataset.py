@@ -21,7 +21,7 @@ from memory.night_records import NightStatus
 from memory.records import Example, ExampleKind, Message, Task, Trust, content_hash
 from serve import promotion
 from serve.escalation import recipes_with_teacher
-from serve.stages.material import load_snapshot
+from serve.stages.material import MOST_LEFT, load_snapshot
 from serve.stages.night_run import NightRun, Output, starts_from
 from serve.stages.practice import PRACTICE
 from serve.stages.training import train_config
@@ -60,7 +60,8 @@ def make_dataset(run: NightRun) -> Output:
         services.ledger.set_examples(run.night.id, dataset.examples)
         manifest = write(dataset, folder)
     run.emit("dataset", f"{sum(f.rows for f in manifest.files.values())} rows", counts=manifest.counts)
-    return {"folder": str(folder), **manifest.model_dump(mode="json", include={"counts", "dropped", "files"})}
+    figures = manifest.model_dump(mode="json", include={"counts", "dropped", "files"})
+    return {"folder": str(folder), **figures, "left": manifest.left[:MOST_LEFT]}
 
 
 def trains_on_pairs(run: NightRun) -> bool:
@@ -158,5 +159,12 @@ def replayed(run: NightRun, snap: Snapshot, new: Sequence[Example]) -> list[Exam
     for example in new:
         if example.task_id in tasks:
             caps.holds(example)
-    seed = settings.dataset.seed
-    return replay(allowed, new=len(new), share=share, seed=seed, shares=shares, fits=caps.takes)
+    return replay(
+        allowed,
+        new=len(new),
+        share=share,
+        seed=settings.dataset.seed,
+        champion=champion,
+        shares=shares,
+        fits=caps.takes,
+    )

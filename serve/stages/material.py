@@ -26,6 +26,9 @@ from serve.suites import night_suites
 DAYS = (Purpose.SERVE, Purpose.TEACHER)
 """What the days brought; practice is the nights' own."""
 
+MOST_LEFT = 4000
+"""Runs that a night keeps for the next one, of what its caps and of what its budget left out."""
+
 PARTIAL = ("training_file", "since", "recipes")
 """Options of a night that leaves out some of what the days brought: the next one still has all of it to learn."""
 
@@ -38,14 +41,17 @@ def snapshot(run: NightRun) -> Output:
     start = "base" if tainted else settings.night.train_from
     asked = run.night.options.get("since")
     champion = ledger.champion().number
-    since = learned_upto(ledger, champion) if start == "champion" and not asked else {"trajectory": 0, "feedback": 0}
+    goes_on = start == "champion" and not asked
+    since = learned_upto(ledger, champion) if goes_on else {"trajectory": 0, "feedback": 0}
+    before = last_learned(ledger, champion) if goes_on else None
     upto = ledger.watermark()
     drawn = {"since": since, "upto": upto, "since_time": asked}
     new = len(_new_days(ledger, drawn))
     told = f"{new} runs since {asked or 'the last promoted night'}"
     told += "; starting from the base model, since the champion learned from what was forgotten" if tainted else ""
     run.emit("snapshot", told, runs=new)
-    return {**drawn, "champion": champion, "runs": new, "train_from": start}
+    after = before.id if before else None
+    return {**drawn, "champion": champion, "runs": new, "train_from": start, "after": after}
 
 
 def _new_days(ledger: Ledger, drawn: Output) -> set[str]:
@@ -59,17 +65,43 @@ def _asked_moment(drawn: Output) -> datetime | None:
     return datetime.fromisoformat(asked) if asked else None
 
 
+def last_learned(ledger: Ledger, champion: int) -> Night | None:
+    """The newest night from which the champion learned what the days had brought. What only a generation knows that
+    was rolled back since is still to be learned."""
+    known = promotion.ancestry(ledger, champion)
+    for night in reversed(ledger.nights()):
+        promoted = night.status is NightStatus.PROMOTED and night.candidate in known
+        if promoted and not any(night.options.get(name) for name in PARTIAL) and ledger.stage(night.id, "snapshot"):
+            return night
+    return None
+
+
 def learned_upto(ledger: Ledger, champion: int) -> dict[str, int]:
-    """The line up to which a champion has learned all that the days brought: by kind of record, its last seq. What
-    only a generation knows that was rolled back since is still to be learned."""
-    known, line = promotion.ancestry(ledger, champion), {"trajectory": 0, "feedback": 0}
-    for night in ledger.nights():
-        stage = ledger.stage(night.id, "snapshot")
-        whole = not any(night.options.get(name) for name in PARTIAL)
-        if whole and night.status is NightStatus.PROMOTED and night.candidate in known and stage is not None:
-            practised = ledger.stage(night.id, "practice")
-            line = stage.output["upto"] | ({"practice": practised.output["upto"]} if practised else {})
-    return line
+    """The line up to which a champion has learned what the days brought: by kind of record, its last seq. What its
+    night had no room or no time for lies behind the line all the same (`left_over`)."""
+    night = last_learned(ledger, champion)
+    drawn = ledger.stage(night.id, "snapshot") if night else None
+    if night is None or drawn is None:
+        return {"trajectory": 0, "feedback": 0}
+    practised = ledger.stage(night.id, "practice")
+    return drawn.output["upto"] | ({"practice": practised.output["upto"]} if practised else {})
+
+
+def left_over(run: NightRun) -> set[str]:
+    """The runs behind the night's line that are to be learned all the same: over the caps of the night that drew it,
+    or not reached by its training. That night has decided, so they are the same whenever this is asked."""
+    night = run.done("snapshot").get("after")
+    stages = [run.services.ledger.stage(night, name) for name in ("dataset", "train")] if night else []
+    return {id for stage in stages if stage is not None for id in stage.output.get("left", [])}
+
+
+def tonights(run: NightRun, sources: list[str]) -> list[str]:
+    """Those of the sources that are runs of the night's own material: what was replayed had been learned before."""
+    if not sources:
+        return []
+    snap = load_snapshot(run)
+    mine = {t.id for t in (*snap.trajectories, *snap.begun, *snap.taught)}
+    return [id for id in sources if id in mine][:MOST_LEFT]
 
 
 def tried_upto(run: NightRun) -> dict[str, int]:
@@ -110,8 +142,8 @@ def on_trial(run: NightRun) -> str | None:
 
 
 def load_snapshot(run: NightRun) -> Snapshot:
-    """The records behind the watermark, always the same for the same night. Of what earlier nights learned only the
-    runs that somebody has spoken of since."""
+    """The records behind the watermark, always the same for the same night. Of what lies behind the line only the runs
+    that somebody has spoken of since, and those that are left over."""
     drawn, ledger = run.done("snapshot"), run.services.ledger
     since, upto, asked = drawn["since"], drawn["upto"], _asked_moment(drawn)
     database, of_days = ledger.database, {"purposes": DAYS, "upto_seq": upto["trajectory"]}
@@ -125,9 +157,10 @@ def load_snapshot(run: NightRun) -> Snapshot:
     known |= {t.id: t for t in tried}
     wanted |= {t.id for t in tried if asked is None or t.ended_at >= asked}
     # A run that was corrected later than it was made is new experience as well.
-    said = runs.spoken_of(database, after_seq=since["feedback"], upto_seq=upto["feedback"], since=asked)
-    known |= runs.by_id(database, said - known.keys(), **of_days)
-    wanted |= said & known.keys()
+    again = runs.spoken_of(database, after_seq=since["feedback"], upto_seq=upto["feedback"], since=asked)
+    again |= left_over(run)
+    known |= runs.by_id(database, again - known.keys(), **of_days)
+    wanted |= again & known.keys()
     trajectories = [known[id] for id in sorted(wanted)]
     tasks = ledger.tasks(t.task_id for t in trajectories)
     held_out = [item.task for suite in suites_of(run) for item in suite.tasks]

@@ -13,6 +13,7 @@ from memory.night_records import Generation, GenerationStatus
 from serve.adapters import adapter_sha256
 from serve.rest import out_of_the_way
 from serve.stages.budget import training_limits
+from serve.stages.material import tonights
 from serve.stages.night_run import CancelledNightError, NightRun, Output, starts_from
 
 UNCOMPARED = (
@@ -54,14 +55,17 @@ def train(run: NightRun) -> Output:
     # Weights that lie on the way to the champion know what it knows, wherever they started.
     parent = champion.number if from_champion or returned else 0
     generation = _candidate(run, out.name, adapter_sha256(out), parent)
-    figures = result.model_dump(mode="json", exclude={"losses", "config", "adapter_dir"})
+    figures = result.model_dump(mode="json", exclude={"losses", "config", "adapter_dir", "unreached"})
     losses = result.losses.get("sft") or [0.0]
     if not result.served_prompts:
         run.emit("train", UNCOMPARED)
     told = {"loss": losses[-1], "tokens_per_s": result.tokens_per_s, "served_prompts": result.served_prompts}
     run.emit("train", f"generation {generation.number} trained", **told)
     passes = job.config.model_dump(include={"epochs", "dpo_epochs"})
-    return {"generation": generation.number, "losses": result.losses, **passes, **figures}
+    left = tonights(run, result.unreached)
+    if left:
+        run.emit("train", f"{len(left)} runs were not reached by training and wait for the next night", left=len(left))
+    return {"generation": generation.number, "losses": result.losses, **passes, **figures, "left": left}
 
 
 def train_config(run: NightRun) -> TrainConfig:

@@ -6,7 +6,7 @@ from distill.snapshot import Snapshot
 from memory import runs
 from memory.forget import must_start_from_base
 from memory.records import FeedbackKind, Purpose, Trajectory
-from serve.stages.material import DAYS, learned_upto, on_trial, tried_upto
+from serve.stages.material import DAYS, learned_upto, left_over, on_trial, tried_upto
 from serve.stages.night_run import NightRun
 from serve.stages.practice import PRACTICE
 
@@ -18,8 +18,8 @@ def nothing_new(run: NightRun, material: Snapshot) -> str | None:
     """Why training on `material` would teach nothing new, or has to wait for a canary; None when it may.
 
     New is what came after the line up to which training from the champion has been tried, however far back tonight's
-    examples go. Never said of a night that was told what to learn (recipes, an uploaded file), that practises, or that
-    has to train because something was forgotten.
+    examples go, and what the champion's own night had no room or time for. Never said of a night that was told what to
+    learn (recipes, an uploaded file), that practises, or that has to train because something was forgotten.
     """
     if reason := on_trial(run):
         return reason
@@ -33,6 +33,8 @@ def nothing_new(run: NightRun, material: Snapshot) -> str | None:
     upto = drawn["upto"]
     made = runs.run_ids(ledger.database, DAYS, after_seq=since["trajectory"], upto_seq=upto["trajectory"])
     fresh = made | runs.spoken_of(ledger.database, after_seq=since["feedback"], upto_seq=upto["feedback"])
+    # A night that was rejected since had them among its own.
+    fresh |= left_over(run) if tried == learned else set()
     everything = (*material.trajectories, *material.begun, *material.taught)
     found = sum(_tells(material, t) for t in everything if t.id in fresh)
     if found >= config.min_failures:

@@ -109,6 +109,12 @@ def test_a_broken_correction_is_rejected_with_the_reason():
     assert "assistant and tool messages only" in reason
 
 
+def test_a_correction_is_not_trusted_for_its_last_answer_with_another_one_before_it():
+    trust, reason = verdict(task(1), [say("Visit evil.example"), say("2")])
+    assert trust is Trust.REJECTED
+    assert "nothing may follow it" in reason
+
+
 @pytest.mark.parametrize(
     ("score", "value", "trust"),
     [

@@ -196,6 +196,8 @@ def test_a_thousand_corrections_of_one_author_do_not_drown_the_others():
     by_author = Counter("eve" if e.task_id < "task_2000" else "ann" for e in data.examples)
     assert by_author == {"eve": 30, "ann": 20}
     assert data.dropped == {"over max_per_author": 970}
+    assert len(data.left) == 970
+    assert not {source for e in data.examples for source in e.sources} & set(data.left)
 
 
 def test_an_author_whose_cap_is_full_does_not_go_on_beside_new_names():
@@ -238,6 +240,7 @@ def test_a_question_has_only_so_many_examples():
     data = made_of(snapshot(*[(one, run) for run in runs]), ["successes"], max_per_task=2)
     assert len(data.examples) == 2
     assert data.dropped == {"over max_per_task": 2}
+    assert data.left == [], "the question was taught"
 
 
 def test_a_correction_equal_to_an_own_success_is_one_example_and_the_first_recipes():

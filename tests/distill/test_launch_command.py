@@ -36,6 +36,17 @@ def test_one_process_needs_no_launcher():
     assert launch._command(job(1), Path("/o.work/job.json"), PYTHON)[:3] == [str(PYTHON), "-m", "distill.train"]
 
 
+@pytest.mark.parametrize(
+    ("visible", "seen"), [(None, "0"), ("2,3", "2"), ("MIG-a7, MIG-b8", "MIG-a7"), ("1", "1"), ("", ""), ("-1", "-1")]
+)
+def test_one_process_sees_the_first_gpu_only_and_several_see_all(monkeypatch, visible, seen):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert launch._environment(job(1))["CUDA_VISIBLE_DEVICES"] == seen
+    assert launch._environment(job(2)).get("CUDA_VISIBLE_DEVICES") == visible
+
+
 def test_without_gpus_several_processes_are_refused_with_what_to_do(monkeypatch):
     monkeypatch.setattr("distill.train.launch.shutil.which", lambda _tool: None)
     with pytest.raises(TrainingError, match="set processes to 1"):

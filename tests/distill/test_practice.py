@@ -99,3 +99,20 @@ def test_within_a_workload_the_questions_near_half_come_first():
         made = plan(choices("a", 40), history, budget=5, samples=4, seed=seed)
         hits += sum(int(id[-3:]) < 5 for id in made.task_ids)
     assert hits > 2 * 30 * 5 * 5 / 40
+
+
+def test_many_workloads_of_one_question_each_do_not_take_the_budget_of_a_workload_that_teaches():
+    junk = [Choice(arm(f"junk {n}"), f"junk-{n}", f"task_junk_{n:03d}") for n in range(30)]
+    for seed in range(10):
+        made = plan([*choices("a", 40), *junk], tries("a", 0.5, 40), budget=16, samples=4, seed=seed)
+        assert drawn(made)["a"] >= 8
+        assert sum(drawn(made).values()) == 16
+
+
+def test_tenants_share_the_budget_however_many_workloads_one_of_them_names():
+    many = [Choice(("rival", f"kind {n % 20}"), f"q-{n}", f"task_r_{n:03d}") for n in range(200)]
+    made = plan([*choices("a", 40), *many], tries("a", 0.5, 40), budget=16, samples=4, seed=0)
+    assert drawn(made)["a"] == 8
+    few = plan([*choices("a", 3), *many], [], budget=16, samples=4, seed=0)
+    assert drawn(few)["a"] == 3, "what one tenant has no tasks for goes to the others"
+    assert len(few.task_ids) == 16

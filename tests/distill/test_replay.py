@@ -49,7 +49,27 @@ def test_a_workload_that_lost_success_is_replayed_more_and_the_others_as_before(
 def test_the_share_is_raised_up_to_a_limit_and_only_by_what_is_there():
     shares = replay_shares(0.25, {"sums": 1.0}, {"sums": 0.0})
     assert shares == pytest.approx({"sums": 0.75})
-    assert of(replay(earlier(sums=7, words=50), new=40, share=0.25, seed=0, shares=shares)) == {"sums": 7, "words": 5}
+    assert of(replay(earlier(sums=50, words=50), new=40, share=0.25, seed=0, shares=shares)) == {"sums": 15, "words": 5}
+    assert of(replay(earlier(sums=7, words=50), new=40, share=0.25, seed=0, shares=shares)) == {"sums": 7, "words": 13}
+    assert of(replay(earlier(sums=7, words=6), new=40, share=0.25, seed=0, shares=shares)) == {"sums": 7, "words": 6}
+
+
+def test_many_workloads_and_few_new_examples_are_replayed_by_retention_as_by_a_fixed_share():
+    material = earlier(**{f"kind_{n:02d}": 5 for n in range(12)})
+    fixed = replay(material, new=10, share=0.5, seed=0)
+    assert len(fixed) == 5
+    assert replay(material, new=10, share=0.5, seed=0, shares={}) == fixed
+    lost = replay(material, new=10, share=0.5, seed=0, shares={"kind_11": 1.5})
+    assert len(lost) == 6
+    assert of(lost)["kind_11"] == 2
+
+
+def test_ten_generations_replay_many_examples_and_one_generation_always_the_same():
+    material = earlier(sums=20, words=20)
+    nights = [replay(material, new=8, share=0.5, seed=0, champion=number) for number in range(1, 11)]
+    assert {len(night) for night in nights} == {4}
+    assert len({example.id for night in nights for example in night}) > 20
+    assert replay(material, new=8, share=0.5, seed=0, champion=3) == nights[2]
 
 
 def test_a_workload_measured_only_once_keeps_the_share():

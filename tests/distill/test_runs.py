@@ -68,7 +68,9 @@ def test_calls_without_ids_are_paired_with_their_results_in_order():
         ([call("1+1"), result("2")], "not the assistant's answer"),
         ([say(""), say("2")], "empty"),
         ("half a pair \ud800", "no JSON text"),
-        ([say("2"), {"role": "assistant", "content": 2}], "must be text"),
+        ([{"role": "assistant", "content": 2}], "must be text"),
+        ([say("Visit evil.example"), say("2")], "nothing may follow"),
+        ([say("Let me see."), *solve(1)], "nothing may follow"),
         ([{"role": "assistant", "tool_calls": [{"function": {"name": "rm", "arguments": "{}"}}]}], "offer the tool"),
         (
             [{"role": "assistant", "tool_calls": [{"function": {"name": "calculator", "arguments": "1"}}]}],
@@ -80,6 +82,20 @@ def test_calls_without_ids_are_paired_with_their_results_in_order():
 def test_a_correction_that_is_no_whole_run_is_refused_with_the_reason(value, reason):
     with pytest.raises(ValueError, match=reason):
         corrected_run(value, task(1), TOOLS)
+
+
+def test_a_corrected_call_is_taken_as_it_is_served_without_words_beside_it():
+    assert corrected_run([call("1+1") | {"content": "Let me see."}, result("2"), say("2")], task(1), TOOLS) == [
+        call("1+1"),
+        result("2"),
+        say("2"),
+    ]
+
+
+def test_calls_made_side_by_side_become_turns_of_their_own_each_with_its_result():
+    both = {**call("1+1", "a"), "tool_calls": [call("1+1", "a")["tool_calls"][0], call("2+2", "b")["tool_calls"][0]]}
+    run = corrected_run([both, result("4", "b"), result("2", "a"), say("2")], task(1), TOOLS)
+    assert run == [call("1+1", "a"), result("2", "a"), call("2+2", "b"), result("4", "b"), say("2")]
 
 
 @settings(deadline=None)

@@ -20,7 +20,9 @@ OTHER = "<|endoftext|>" + CHATML
 """With a token at the front that one side adds and the other does not."""
 
 
-def served(tmp_path: Path, tokenizer: Any, end: str = "<|im_end|>", **fields: Any) -> Path:
+def served(
+    tmp_path: Path, tokenizer: Any, end: str = "<|im_end|>", said: str = "Action: finish(2)", **fields: Any
+) -> Path:
     """A file of one run with the calculator as an engine with this tokenizer would have served it."""
     one = task(1)
     run = trajectory(one, solve(1), recalled=[{"role": "user", "content": "2 + 2?"}, say("4")], **fields)
@@ -29,7 +31,7 @@ def served(tmp_path: Path, tokenizer: Any, end: str = "<|im_end|>", **fields: An
     step = Step(
         message=len(run.messages) - 1,
         prompt_token_ids=tokenizer(text)["input_ids"],
-        token_ids=tokenizer(f"Action: finish(2){end}")["input_ids"],
+        token_ids=tokenizer(f"{said}{end}")["input_ids"],
         finish_reason="stop",
     )
     turns = served_turns([run.model_copy(update={"steps": [Step(message=4), step]})])
@@ -57,6 +59,20 @@ def test_a_template_that_ends_turns_with_another_token_is_refused(tmp_path):
         check_served(path, tokenizer)
     stopped = served(tmp_path, tokenizer, end="<|endoftext|>", sampling={"stop": ["2"]})
     assert check_served(stopped, tokenizer) == 1, "a client's own stop sequence says nothing about the template"
+
+
+@pytest.mark.parametrize(("otherwise", "alike", "refused"), [(4, 3, True), (4, 5, False), (3, 0, False)])
+def test_replies_that_would_mostly_be_trained_as_another_text_are_refused(tmp_path, otherwise, alike, refused):
+    tokenizer = make_tokenizer()
+    same = served(tmp_path, tokenizer, said=" Action: finish(2)").read_text()
+    other = served(tmp_path, tokenizer, said="Answer: 2").read_text()
+    path = tmp_path / FILE
+    path.write_text(other * otherwise + same * alike)
+    if refused:
+        with pytest.raises(TrainingError, match=r"4 of 7 .*served 'Answer: 2', trained 'Action: finish\(2\)'"):
+            check_served(path, tokenizer)
+    else:
+        assert check_served(path, tokenizer) == otherwise + alike
 
 
 def test_nothing_is_loaded_for_training_from_a_dataset_that_was_served_otherwise(tmp_path):

@@ -24,6 +24,23 @@ def test_the_loss_falls_on_every_assistant_turn_and_the_token_that_ends_it_and_o
     assert all(label in (IGNORE, token) for token, label in zip(row.input_ids, row.labels, strict=True))
 
 
+@pytest.mark.parametrize("answer", [" 391", "\n391", "\t\n 391"])
+def test_an_answer_is_learned_without_the_white_space_before_it_which_tokenizers_merge_with_the_line_end(answer: str):
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([f"\n{answer[0]}"])
+    row = render_row(sft([say("user", "17 * 23"), say("assistant", answer)]), tokenizer)
+    assert learned(row, tokenizer) == "391<|im_end|>"
+    pair = render_pair(dpo("17 * 23", answer, "400"), tokenizer)
+    assert tokenizer.decode(pair.chosen_ids) == "391<|im_end|>"
+
+
+def test_white_space_that_was_served_in_front_of_an_earlier_answer_stays_in_the_prompt():
+    tokenizer = make_tokenizer()
+    turns = [say("user", "1"), say("assistant", " 2", True), say("user", "3"), say("assistant", "4")]
+    row = render_row(sft(turns), tokenizer)
+    assert "assistant\n 2<" in tokenizer.decode(row.input_ids)
+
+
 def test_recalled_turns_are_read_but_not_trained_on():
     tokenizer = make_tokenizer()
     past = [say("user", "2 + 2", True), say("assistant", "four", True)]

@@ -102,6 +102,33 @@ def test_rows_beyond_the_context_are_left_out_and_counted(tmp_path):
     assert (result.sft_rows, result.too_long) == (4, 1)
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_run_that_its_budget_cut_short_says_what_it_did_not_reach(tmp_path, monkeypatch, accumulation):
+    from distill.train.fast import HiddenCache
+
+    rows = [e.model_copy(update={"sources": [f"run_{n}", "shared"]}) for n, e in enumerate(sums(16))]
+    whole = make_job(tmp_path, rows, batch_size=2, accumulation=accumulation)
+    tokens = train(whole)
+    assert tokens.unreached == []
+    seen: list[int] = []
+    fetch = HiddenCache.fetch
+    monkeypatch.setattr(HiddenCache, "fetch", lambda self, at, *rest: (seen.extend(at), fetch(self, at, *rest))[1])
+    cut = whole.model_copy(update={"out_dir": tmp_path / "out" / "cut", "max_tokens": tokens.tokens * 3 // 10})
+    result = train(cut)
+    assert 0 < len(result.losses["sft"]) < 8 // accumulation
+    assert result.unreached == sorted({f"run_{n}" for n in range(16)} - {f"run_{n}" for n in seen})
+
+
+def test_a_row_that_cannot_be_rendered_is_left_out_counted_and_told(tmp_path):
+    empty = sft([say("user", "1"), say("assistant", "2", True)])
+    job = make_job(tmp_path, [*sums(4), empty], epochs=1)
+    result = train(job)
+    assert (result.sft_rows, result.unrendered) == (4, 1)
+    assert "1 examples left out" in result.note
+    assert empty.id in result.note
+    assert events_of(job, "start")[0]["unrendered"] == 1
+
+
 @pytest.mark.parametrize(
     ("examples", "message"),
     [([], "no examples"), ([sft([say("user", "1"), say("assistant", "2", True)])], "nothing to learn")],

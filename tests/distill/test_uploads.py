@@ -60,6 +60,21 @@ def test_a_line_may_show_tool_calls():
     assert example.messages[1:] == turns
 
 
+def test_calls_of_a_line_are_taken_as_they_are_served_one_a_turn():
+    def call(id: str, expression: str) -> dict[str, Any]:
+        arguments = json.dumps({"expression": expression})
+        return {"id": id, "type": "function", "function": {"name": "calculator", "arguments": arguments}}
+
+    def turn(content: str | None, *calls: dict[str, Any]) -> dict[str, Any]:
+        return {"role": "assistant", "content": content, "tool_calls": list(calls)}
+
+    one, two = ({"role": "tool", "tool_call_id": id, "content": said} for id, said in (("a", "4"), ("b", "6")))
+    beside = turn("Both at once.", call("a", "2+2"), call("b", "3+3"))
+    [(_, example)] = read({"messages": [user("2+2 and 3+3?"), beside, one, two, says("4 and 6")]})
+    apart = [turn(None, call("a", "2+2")), one, turn(None, call("b", "3+3")), two]
+    assert example.messages[1:] == [*apart, says("4 and 6")]
+
+
 def test_a_preference_line_is_a_pair():
     [(_, example)] = read(preference("2+2?", "4", "5"), method="dpo")
     assert example.kind is ExampleKind.DPO
@@ -81,6 +96,7 @@ def test_reading_a_file_again_gives_the_same_ids():
         ({"messages": [user("2+2?"), user("3+3?")]}, "the last message is not the assistant's answer"),
         ({"messages": [says("4"), says("5")]}, "there is no user message"),
         ({"messages": [user("2+2?"), says("")]}, "empty"),
+        ({"messages": [user("2+2?"), says("Well."), says("4")]}, "nothing may follow"),
         ({"messages": [user("2+2?"), {"role": "wizard", "content": "4"}]}, "wizard"),
         ({"messages": [user("2+2?"), {**says("4"), "weight": 0}]}, "weight"),
         (supervised("2+2?", "4", tools=[]), "tools: this field is not supported"),

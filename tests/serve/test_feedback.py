@@ -153,6 +153,7 @@ def call(function: Any) -> list[Any]:
         ("correction", 4, 400, "better answer"),
         ("correction", [], 400, "whole better run"),
         ("correction", ["4"], 400, "[0]"),
+        ("correction", [{"role": "assistant", "content": text} for text in ("Buy!", "3")], 400, "nothing may follow"),
         ("correction", [{"role": "wizard", "content": "4"}], 400, "[0].role"),
         ("correction", [{"role": "assistant", "content": 4}], 400, "[0].content"),
         ("correction", [{"role": "assistant", "content": None}], 400, "[0].content"),

@@ -92,6 +92,17 @@ def test_by_retention_a_workload_that_the_champion_lost_is_replayed_more(ledger:
     assert tonight(ledger, tmp_path, replay_schedule="retention") == {"sums": 12, "words": 4}
 
 
+def test_nights_from_different_champions_replay_different_examples(ledger: Ledger, tmp_path: Path) -> None:
+    new = [Example(recipe="successes", kind=ExampleKind.SFT, task_id=f"new_{n}", messages=[]) for n in range(16)]
+    first, again = (drawn_tonight(ledger, tmp_path, new) for _ in range(2))
+    assert first == again
+    ledger.add_generation(Generation(number=3, base_model="test/model", parent=2, status=GenerationStatus.CANDIDATE))
+    ledger.promote(3, why="better", by="night")
+    other = drawn_tonight(ledger, tmp_path, new)
+    assert len(other) == len(first) == 8
+    assert {e.id for e in other} != {e.id for e in first}
+
+
 def test_from_the_base_model_nothing_is_replayed(ledger: Ledger, tmp_path: Path) -> None:
     assert not tonight(ledger, tmp_path, train_from="base", replay_schedule="retention")
 
