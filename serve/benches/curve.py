@@ -53,6 +53,8 @@ ARRIVALS = (("chain_sum", "products"), ("gcd",), ("lcm",), ("letter_counting",),
 PER_ARRIVAL = 6
 """A day's tasks of each workload that is new; those that are not come once each."""
 HELD_OUT = 12
+HELD_OUT_OF_ARRIVALS = 24
+"""Of each workload, where a night brings one new: among twelve tasks of it even eight more are hardly proven."""
 HELD_OUT_SEED = 71_001
 WORD_PROBLEMS = 24
 """A day's word problems; twice as many are held out."""
@@ -85,7 +87,8 @@ def arrivals(settings: Settings) -> BenchResult:
     """Five nights on workloads that come one after the other; all six are examined from the first night on."""
     days = arriving(ARRIVALS, PER_ARRIVAL, "arrivals")
     taught = frozenset(task.fingerprint for tasks in days.values() for task in tasks)
-    held_out = reasoning_gym_suite(TRAINED_FAMILIES, HELD_OUT, HELD_OUT_SEED, "held_out", "held_out", exclude=taught)
+    count = HELD_OUT_OF_ARRIVALS
+    held_out = reasoning_gym_suite(TRAINED_FAMILIES, count, HELD_OUT_SEED, "held_out", "held_out", exclude=taught)
     course = Course("arrivals", days.__getitem__, correct_value)
     return lived(settings, course, [held_out, *controls(taught)], len(ARRIVALS))
 

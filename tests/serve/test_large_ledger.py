@@ -150,6 +150,7 @@ def all_loaded(run: NightRun) -> Snapshot:
         held_out_tasks=[item.task for suite in suites_of(run) for item in suite.tasks],
         seed=run.services.settings.dataset.seed,
         praised=praise_of(before, heard, ledger.tasks(t.task_id for t in before)),
+        champion=run.done("snapshot")["champion"],
     )
 
 

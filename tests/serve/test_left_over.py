@@ -65,7 +65,7 @@ def night(ledger: Ledger, folder: Path, most: int = 4, **options: Any) -> tuple[
         work.close()
         return []
 
-    services: Any = SimpleNamespace(settings=settings, ledger=ledger, memory=NoMemory(), llm=None)
+    services: Any = SimpleNamespace(settings=settings, ledger=ledger, memory=NoMemory(), llm=None, base_model=folder)
     drawn = replace(run, services=services)
     object.__setattr__(drawn, "wait", no_wait)
     record(ledger, run.night, "snapshot", snapshot(drawn))
