@@ -54,7 +54,7 @@ PER_ARRIVAL = 6
 """A day's tasks of each workload that is new; those that are not come once each."""
 HELD_OUT = 12
 HELD_OUT_OF_ARRIVALS = 24
-"""Of each workload, where a night brings one new: among twelve tasks of it even eight more are hardly proven."""
+"""Of each workload, where a night brings one new: three or four more of twelve prove nothing."""
 HELD_OUT_SEED = 71_001
 WORD_PROBLEMS = 24
 """A day's word problems; twice as many are held out."""
