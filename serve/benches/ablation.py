@@ -68,14 +68,32 @@ ARMS = (
         "with contrast_runs (DPO after SFT)",
         {"NIGHT__RECIPES": '["successes", "corrections", "contrast_runs"]', "TRAIN__DPO_EPOCHS": "2"},
     ),
+    Arm(
+        "with contrast_runs, length-regularised",
+        {
+            "NIGHT__RECIPES": '["successes", "corrections", "contrast_runs"]',
+            "TRAIN__DPO_EPOCHS": "2",
+            "TRAIN__DPO_LENGTH_ALPHA": "0.01",
+        },
+    ),
+    Arm(
+        "with dissatisfaction (fresh samples, DPO after SFT)",
+        {"NIGHT__RECIPES": '["successes", "corrections", "dissatisfaction"]', "TRAIN__DPO_EPOCHS": "2"},
+    ),
     Arm("without rehearsal", {"NIGHT__REHEARSAL": "0"}),
     Arm("with interpolation", {"TRAIN__INTERPOLATE": "[0.5, 0.7]"}),
-    Arm("sixteen blocks trained", {"TRAIN__LAYERS": "16"}),
+    Arm("ten blocks trained", {"TRAIN__LAYERS": "10"}),
+    Arm("twenty blocks trained", {"TRAIN__LAYERS": "20"}),
     Arm("standard profile (all blocks trained)", {"TRAIN__PROFILE": "standard"}),
     Arm("with practice (24 tasks tried again)", {"NIGHT__PRACTICE": "24"}),
     Arm("two past runs recalled", {"RECALL__RUNS": "2"}, bare_too=True),
     Arm("trained without the recalled block", {"DATASET__RECALLED": "false"}, bare_too=True),
     Arm("share without memory: none", {"DATASET__REPEAT_WITHOUT": "0"}, bare_too=True),
+    Arm(
+        "internalise (only recalled successes without memory)",
+        {"NIGHT__RECIPES": '["successes", "corrections", "internalise"]', "DATASET__REPEAT_WITHOUT": "0"},
+        bare_too=True,
+    ),
     Arm("share without memory: a third", {"DATASET__REPEAT_WITHOUT": "0.5"}, bare_too=True),
 )
 """`full` is the default night: half of its rows show no memory. Opt-in recipes are arms where the day has something for
