@@ -42,6 +42,7 @@ PER_WORKLOAD = 7
 SAMPLES = (1, 2, 4, 7)
 GOAL = 0.8
 VARIABLE = "NIGHTSCHOOL_"
+STOCK = "stock TRL SFT"
 
 
 @dataclass(frozen=True)
@@ -101,16 +102,18 @@ them; the other ones need praise, preferences, a teacher or practice."""
 
 
 def arms(settings: Settings, only: Sequence[str] = ()) -> list[Arm]:
-    """The arms by name, those of installed recipes included: all, or the default night and those that `only` names.
+    """The nights by name, those of installed recipes included: all, or the default one and those that `only` names.
 
-    ConfigError for a name that is none, and for a recipe that cannot be loaded.
+    `only` may name the baseline as well, which is no night. ConfigError for a name that is none, and for a recipe that
+    cannot be loaded.
     """
     added = installed()
     load(added)
     recipes = {name: json.dumps([*settings.night.recipes, name]) for name in added}
     known = [*ARMS, *(Arm(f"with {name}", {"NIGHT__RECIPES": named}) for name, named in recipes.items())]
-    if unknown := set(only) - {arm.name for arm in known}:
-        raise ConfigError(f"no arm {sorted(unknown)[0]!r}; there are: {', '.join(arm.name for arm in known)}")
+    names = [*(arm.name for arm in known), STOCK]
+    if unknown := set(only) - set(names):
+        raise ConfigError(f"no arm {sorted(unknown)[0]!r}; there are: {', '.join(names)}")
     return [arm for arm in known if not only or arm.name in {"full", *only}]
 
 
@@ -124,7 +127,7 @@ def ablation(settings: Settings, only: Sequence[str] = ()) -> BenchResult:
     with one_engine(settings, folder) as (engine, base, variables):
         taught = day_one(settings, folder / "taught", PER_WORKLOAD, variables, console)
         found = [night_of(settings, folder, taught, arm, variables, console) for arm in chosen]
-        stock = None if only else stock_arm(settings, folder, taught, engine, base, console)
+        stock = stock_arm(settings, folder, taught, engine, base, console) if not only or STOCK in only else None
     memory_only = [
         Scores(arm=name, verdict="-", corrections=0, rows=0, exams=memory_exams(home_of(folder, scores.arm)))
         for name, arm in (("memory only", "full"), ("memory only, two past runs", "two past runs recalled"))
@@ -296,7 +299,7 @@ def stock_arm(settings: Settings, folder: Path, taught: Path, engine: Engine, ba
     exam = [load_suite(path) for path in sorted((taught / "suites").glob("*.jsonl"))]
     found = asyncio.run(examine(settings, engine, "stock", folder / "stock" / "adapter", exam))
     rows = len(corrected(tasks))
-    scores = Scores(arm="stock TRL SFT", verdict="-", corrections=rows, rows=rows, exams=exams_of(found))
+    scores = Scores(arm=STOCK, verdict="-", corrections=rows, rows=rows, exams=exams_of(found))
     finished.write_text(scores.model_dump_json())
     return scores
 

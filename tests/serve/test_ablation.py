@@ -10,7 +10,7 @@ import pytest
 from distill.recipes import load
 from memory.errors import ConfigError
 from serve.benches import second_night
-from serve.benches.ablation import ARMS, VARIABLE, arms
+from serve.benches.ablation import ARMS, STOCK, VARIABLE, arms
 from serve.settings import load_settings
 from tests.distill.recipe_package import recipe_installed
 from tests.serve.fakes import settings_in
@@ -38,6 +38,10 @@ def test_an_installed_recipe_that_cannot_be_loaded_is_told_before_the_first_nigh
 def test_an_arm_that_is_none_is_refused_with_the_list(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no arm 'with sleep'; there are: full, .*with practice"):
         arms(settings_in(tmp_path), ["with sleep"])
+
+
+def test_the_plain_baseline_can_be_asked_for_alone_and_is_no_night(tmp_path: Path) -> None:
+    assert arms(settings_in(tmp_path), [STOCK]) == [ARMS[0]]
 
 
 def test_every_built_in_arm_is_made_of_settings_and_recipes_that_exist(monkeypatch: pytest.MonkeyPatch) -> None:
