@@ -81,7 +81,8 @@ def promote(
     evidence: dict[str, Any] | None = None,
     expected_status: GenerationStatus | None = None,
 ) -> Promotion:
-    """Make a generation the champion in place of the present one.
+    """Make a generation the champion in place of the present one, and end the trial of another one in canary: it was
+    compared with the champion that goes.
 
     A repeated call, when the last promotion did just this, returns that promotion.
     Raises `ConflictError` if the champion is not `expected_from`, the generation is not `expected_status`, or the move
@@ -98,6 +99,10 @@ def promote(
     if expected_status not in (None, new.status):
         raise ConflictError(f"generation {to} is {new.status}, not {expected_status}: it changed meanwhile")
     _may_become(new, GenerationStatus.CHAMPION)
+    running = canary(connection)
+    if running is not None and running.number != to:
+        # Before the switch, whose row stays the log's last.
+        end_canary(connection, f"generation {to} becomes the champion, it was on trial against another", by, None)
     for moved, status in ((old, GenerationStatus.RETIRED), (new, GenerationStatus.CHAMPION)):
         after = moved.model_copy(update={"status": status})
         rows.put(connection, generations, after, {"number": moved.number}, status=status)

@@ -188,14 +188,17 @@ def _estimated(run: NightRun, drawn: Output, snap: Snapshot) -> Estimate:
     practice = _practice(run, material) if PRACTICE in stages_of(run.night) else None
     cost = _cost(run, [*dataset.examples, *again], practice.tries if practice else 0)
     nothing = nothing_new(run, material)
+    budget, trains = foretold(
+        settings.night, cost.tokens, cost.train_seconds, cost.night_seconds, cost.practice_seconds or 0
+    )
     return Estimate(
-        would_skip=count < needed or nothing is not None,
+        would_skip=count < needed or nothing is not None or not trains,
         reasons=[
             too_few(count, needed, dataset.dropped)
             if count < needed
             else f"{count} examples to learn from, {needed} needed",
             *([nothing] if nothing else []),
-            *foretold(settings.night, cost.tokens, cost.train_seconds, cost.night_seconds, cost.practice_seconds or 0),
+            *budget,
         ],
         starts_from=drawn["train_from"],
         runs=drawn["runs"],

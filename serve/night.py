@@ -39,7 +39,14 @@ class NightSchool:
         """Begin a night; ConflictError while another one runs."""
         night = Night(options={**options, **practice_options(self._services.settings, options)})
         self._services.ledger.add_night(night)
-        _go(night)
+        try:
+            _go(night)
+        except Exception as exc:
+            # Else it would count as running, and no other night could begin before the next start.
+            if not _at_work(night.id):
+                told = f"it could not be begun: {type(exc).__name__}: {exc}"
+                self._services.ledger.end_night(night.id, NightStatus.FAILED, [told])
+            raise
         return night
 
     def running(self) -> Night | None:
@@ -80,6 +87,13 @@ def is_over(night_id: str) -> bool:
     """Whether no workflow works on the night (any more), whatever the ledger says."""
     workflow = DBOS.get_workflow_status(night_id)
     return workflow is None or workflow.status not in ("PENDING", "ENQUEUED")
+
+
+def _at_work(night_id: str) -> bool:
+    try:
+        return not is_over(night_id)
+    except Exception:  # What could not begin the workflow mostly cannot be asked for it either.
+        return False
 
 
 def _go(night: Night) -> None:

@@ -51,11 +51,15 @@ def last_time(cron: str, before: datetime) -> datetime:
 
 
 def check(cron: str) -> str:
-    """The expression itself. ValueError unless it has cron's five fields."""
-    from croniter import croniter
+    """The expression itself. ValueError unless it has cron's five fields and comes due some day."""
+    from croniter import CroniterBadDateError, croniter
 
     if len(cron.split()) != 5 or not croniter.is_valid(cron):
         raise ValueError(f"{cron!r} is no cron expression of five fields, such as '0 2 * * *'")
+    try:
+        next_time(cron, datetime.now())
+    except CroniterBadDateError as exc:
+        raise ValueError(f"{cron!r} never comes due") from exc
     return cron
 
 

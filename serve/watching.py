@@ -161,6 +161,7 @@ async def _keep(ledger: Ledger, residency: Residency, config: WatchConfig) -> No
             pause = AGAIN_S
         except Exception:
             log.exception("the watch hit a bug, and goes on")
+            live.forget_verdicts()
             pause = AGAIN_S
         await asyncio.sleep(pause)
 

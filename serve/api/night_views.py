@@ -68,7 +68,9 @@ def event_for(event: dict[str, Any], tenant: str, decision: dict[str, Any] | Non
         # Behind the colon stand the workloads that were chosen.
         message = message.partition(":")[0]
     if "reasons" in data:
-        data["reasons"] = reasons_for(data["reasons"], decision, own)
+        # Between the gate's word and its record nobody knows yet which sentences name whose workloads.
+        early = decision is None and event["stage"] == "decide"
+        data["reasons"] = [WITHHELD] if early else reasons_for(data["reasons"], decision, own)
     return event | {"message": message, "data": data}
 
 

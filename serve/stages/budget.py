@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import islice
+from statistics import median_low
 from typing import Any
 
 from memory.ledger import Ledger
 from memory.night_records import StageRun
 from serve.settings import NightConfig
 from serve.stages.night_run import NightRun, OverBudgetError
+
+NIGHTS = 5
+"""Of how many the time for evaluation is the median."""
 
 
 def training_limits(run: NightRun) -> dict[str, Any]:
@@ -47,9 +53,12 @@ def practice_share(left: float, training: float | None) -> float:
 
 
 def after_training(ledger: Ledger) -> float | None:
-    """How long evaluation, with all that follows, took last time; None when no night has come so far."""
-    last = last_trained(ledger)
-    return sum(stage.seconds for stage in last[_place(last, "train") + 1 :]) if last else None
+    """How long evaluation takes, with all that follows: the median of the newest nights that came so far, for one on a
+    busy machine must not end all training. None when none has."""
+    took = [
+        sum(stage.seconds for stage in night[_place(night, "train") + 1 :]) for night in islice(trained(ledger), NIGHTS)
+    ]
+    return median_low(took) if took else None
 
 
 def foretold(
@@ -58,15 +67,15 @@ def foretold(
     train_seconds: float | None,
     night_seconds: float | None,
     practice_seconds: float = 0.0,
-) -> list[str]:
-    """What a dry run says of the budget; nothing where it is kept without being felt."""
+) -> tuple[list[str], bool]:
+    """What a dry run says of the budget, nothing where it is kept without being felt; and whether it lets train."""
     told: list[str] = []
     if config.max_tokens is not None and tokens > config.max_tokens:
         told.append(f"night.max_tokens shortens training to about {config.max_tokens / tokens:.0%} of its steps")
     if config.max_seconds is None:
-        return told
+        return told, True
     if not train_seconds or not night_seconds:
-        return [*told, "what night.max_seconds leaves to train is not known before the first night"]
+        return [*told, "what night.max_seconds leaves to train is not known before the first night"], True
     left = config.max_seconds - (night_seconds - practice_seconds - train_seconds)
     practice = min(practice_seconds, practice_share(left, train_seconds))
     if practice < practice_seconds:
@@ -76,16 +85,20 @@ def foretold(
         told.append("night.max_seconds leaves no time to train: the night would skip itself")
     elif share < 1:
         told.append(f"night.max_seconds shortens training to about {share:.0%} of its steps")
-    return told
+    return told, share > 0
 
 
 def last_trained(ledger: Ledger) -> list[StageRun]:
     """The stages of the newest night that trained and went on to its end; none without one."""
+    return next(trained(ledger), [])
+
+
+def trained(ledger: Ledger) -> Iterator[list[StageRun]]:
+    """The stages of the nights that trained and went on to their end, the newest first."""
     for night in reversed(ledger.nights()):
         stages = ledger.stages(night.id)
         if {"train", "evaluate"} <= {stage.stage for stage in stages}:
-            return stages
-    return []
+            yield stages
 
 
 def uncut(stages: list[StageRun]) -> tuple[float, float]:
@@ -106,7 +119,8 @@ def _affordable(config: NightConfig, ledger: Ledger, night_id: str) -> dict[str,
         left = config.max_seconds - spent - kept
         if left <= 0:
             told = f"no time to train: night.max_seconds is {config.max_seconds:g}, {spent:.0f} s are spent"
-            told += f", and evaluation with all that follows took {kept:.0f} s last time" if last else ""
+            told += f", and evaluation with all that follows takes {kept:.0f} s by the last nights" if last else ""
+            told += "; until it is raised, no night will train"
             raise OverBudgetError(told)
         limits["max_seconds"] = left
         if last:
@@ -118,7 +132,7 @@ def _affordable(config: NightConfig, ledger: Ledger, night_id: str) -> dict[str,
 
 def _committed(max_seconds: float, ledger: Ledger, night_id: str) -> tuple[float, float]:
     """Seconds that the stages so far have spent, and those kept for the exam with all that follows it: as many as it
-    took last time, or half of what the night has for practice, training and exam where no night has come so far."""
+    takes, or half of what the night has for practice, training and exam where no night has come so far."""
     took = {stage.stage: stage.seconds for stage in ledger.stages(night_id)}
     spent, after = sum(took.values()), after_training(ledger)
     return spent, after if after is not None else (max_seconds - spent + took.get("practice", 0.0)) / 2

@@ -127,7 +127,7 @@ def _same_exam(run: NightRun, night: Night) -> bool:
 
 
 def on_trial(run: NightRun) -> str | None:
-    """Why tonight trains nothing: a canary is on trial, whose place the new generation would take before it ends. None
+    """Why tonight trains nothing: a canary is on trial, which the new generation would end. None
     while there is no canary, for a night that was told what to learn, and where the canary knows what was forgotten."""
     canary, ledger = run.services.ledger.canary(), run.services.ledger
     told = any(run.night.options.get(name) for name in PARTIAL)
@@ -135,9 +135,9 @@ def on_trial(run: NightRun) -> str | None:
         return None
     number = canary.number
     return (
-        f"generation {number} is on trial as a canary, and what is trained now would take its place: the next night "
-        f"learns from these days (`nightschool promote {number}` or `nightschool rollback` ends the trial; --since or "
-        "--recipes trains all the same)"
+        f"generation {number} is on trial as a canary, and a generation that is trained now would end its trial: the "
+        f"next night learns from these days (`nightschool promote {number}` or `nightschool rollback` ends the trial; "
+        "--since or --recipes trains all the same)"
     )
 
 

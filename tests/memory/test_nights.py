@@ -52,6 +52,21 @@ def test_a_repeated_promotion_is_one_promotion(ledger: Ledger):
     assert ledger.promotions() == [first]
 
 
+def test_a_new_champion_ends_the_trial_against_the_old_one(ledger: Ledger):
+    ledger.add_generation(samples.generation(0, CHAMPION))
+    for number in (1, 2):
+        ledger.add_generation(samples.generation(number))
+    ledger.begin_canary(1, 0.1, "on trial", by="operator")
+    ledger.promote(2, "better by 12 points", by="gate", expected_from=0)
+    assert ledger.canary() is None
+    assert standing(ledger) == [RETIRED, RETIRED, CHAMPION]
+    ended, switched = ledger.promotions()
+    assert (ended.from_generation, ended.to_generation, switched.from_generation) == (1, 0, 0)
+    ledger.begin_canary(1, 0.1, "again, against the new one", by="operator")
+    ledger.promote(1, "stood its trial", by="watch", expected_from=2)
+    assert len(ledger.promotions()) == 3
+
+
 def test_a_promotion_that_fails_half_way_leaves_the_old_champion(ledger: Ledger, monkeypatch: pytest.MonkeyPatch):
     ledger.add_generation(samples.generation(0, CHAMPION))
     ledger.add_generation(samples.generation(1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from serve.api.night_views import WITHHELD, event_for
 from serve.events import EVENTS_FILE, emitter, read_events
 
 
@@ -14,6 +15,14 @@ def test_events_come_back_in_order_with_their_numbers(tmp_path: Path) -> None:
     assert [(e["seq"], e["message"]) for e in read_events(tmp_path / "night")] == [(0, "step"), (1, "error")]
     (last,) = read_events(tmp_path / "night", after=1)
     assert last["data"] == {"message": "the trainer's own word", "stage": "sft"}
+
+
+def test_the_gates_word_is_withheld_until_its_record_tells_whose_workloads_it_names() -> None:
+    said = ["Held-out workload 'rival-secret' lost 2 of 8.", "Held-out workload 'mine' won 3 of 8."]
+    event = {"stage": "decide", "message": "reject", "data": {"reasons": said}}
+    assert event_for(event, "t", None, {"mine"})["data"]["reasons"] == [WITHHELD]
+    decision = {"table": [{"workload": "rival-secret"}, {"workload": "mine"}]}
+    assert event_for(event, "t", decision, {"mine"})["data"]["reasons"] == [said[1], WITHHELD]
 
 
 def test_words_of_users_with_line_ends_of_their_own_break_no_event(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
+from dbos import DBOS
 
 from memory.errors import LedgerError
 from memory.ledger import Ledger
@@ -164,6 +165,21 @@ def unwritten(service: tuple[httpx.Client, Services], monkeypatch: pytest.Monkey
         time.sleep(0.02)
     assert service[1].ledger.night(id).status is NightStatus.RUNNING
     return id
+
+
+def test_a_night_that_could_not_be_begun_has_failed_and_the_next_one_begins(
+    service: tuple[httpx.Client, Services], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError("no space left")
+
+    with monkeypatch.context() as away:
+        away.setattr(DBOS, "start_workflow", full)
+        with pytest.raises(OSError, match="no space left"):
+            NightSchool(service[1]).start({})
+    failed = service[1].ledger.nights()[-1]
+    assert (failed.status, failed.reasons) == (NightStatus.FAILED, ["it could not be begun: OSError: no space left"])
+    assert slept(service).status is NightStatus.PROMOTED
 
 
 def test_a_night_whose_end_could_not_be_written_is_ended_by_who_cancels_it(

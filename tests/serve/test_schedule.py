@@ -258,7 +258,7 @@ def test_the_schedule_ends_with_the_service() -> None:
     assert asyncio.run(live()) == 1
 
 
-@pytest.mark.parametrize("cron", ["at two", "0 2 * *", "0 2 * * * *", "61 2 * * *", "0 25 * * *"])
+@pytest.mark.parametrize("cron", ["at two", "0 2 * *", "0 2 * * * *", "61 2 * * *", "0 25 * * *", "0 2 30 2 *"])
 def test_what_is_no_cron_expression_is_refused_at_the_start(cron: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NIGHTSCHOOL_NIGHT__SCHEDULE", cron)
     with pytest.raises(ConfigError, match=r"night\.schedule"):
