@@ -96,7 +96,10 @@ class _Contains(_Args):
 
 
 def _entry(given: Any) -> Any:
-    entry = json.loads(given) if isinstance(given, str) else given
+    try:
+        entry = json.loads(given) if isinstance(given, str) else given
+    except RecursionError as exc:
+        raise ValueError("nested too deeply") from exc
     if isinstance(entry, dict) and "answer" not in entry:
         raise ValueError("an entry of reasoning-gym has an answer")
     return entry

@@ -40,7 +40,7 @@ def credit(
     """Judge the quarantined feedback, in the order of its ids; what was decided before stays.
 
     A correction: the task's verifier decides with full marks (trusted) or zero (rejected), unless the
-    corrector is the user who asked and so sent the yardstick along. Otherwise it is trusted from an operator
+    corrector is who asked, user or key, and so sent the yardstick along. Otherwise it is trusted from an operator
     (author starting with "operator", or in `operators`) or when a second named voice gives the same answer to
     the same question, and else stays quarantined.
     A score: trusted as a verdict, unless it contradicts the task's verifier; what it praises is taught only once
@@ -122,9 +122,9 @@ def _judge_score(said: Feedback, trajectory: Trajectory) -> tuple[Trust, str]:
 
 
 def _asked(said: Feedback, task: Task) -> bool:
-    """Whether the author is whom the request names as its user: its reference and verifier are the same voice."""
+    """Whether the author is who asked, the request's user or its key: its reference and verifier are the same voice."""
     names = {said.author, said.author.partition("/")[2]} - {""}
-    return bool(names & {task.user, task.safety_identifier})
+    return bool(names & {task.user, task.safety_identifier}) or said.voice == task.voice
 
 
 def _verdict(task: Task, answer: str, verify: Verify) -> Outcome | None:

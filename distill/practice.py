@@ -119,7 +119,7 @@ def plan(choices: Iterable[Choice], history: Iterable[Try], *, budget: int, samp
     """`budget` tasks (all, when there are fewer) for `samples` tries each; the same arguments give the same plan.
 
     `history` in the order in which it happened. A question is chosen once, however often it was asked. The tenant with
-    the fewest tasks so far is next.
+    the fewest tasks tonight is next, of several the one that was tried the least before.
     """
     distinct = {(choice.arm, choice.question): choice for choice in sorted(choices, key=lambda c: c.task_id)}
     offered = [distinct[key] for key in sorted(distinct)]
@@ -139,7 +139,9 @@ def plan(choices: Iterable[Choice], history: Iterable[Try], *, budget: int, samp
     tried = {tenant: sum(len(standing.tries) for standing in found) for tenant, found in competing.items()}
     begun = {arm: standing_of[arm].score(tried[arm[0]], samples) for arm in questions}
     dice, chosen = random.Random(seed), list[Choice]()
-    drawn = dict.fromkeys(dice.sample(sorted(competing), len(competing)), 0)
+    # Those who were seldom tried come first: where the budget is too small for all, they take turns over the nights.
+    order = sorted(dice.sample(sorted(competing), len(competing)), key=lambda tenant: tried[tenant])
+    drawn = dict.fromkeys(order, 0)
     while len(chosen) < budget and len(chosen) < len(offered):
         tenant = min((t for t in drawn if any(s.tasks for s in competing[t])), key=lambda t: drawn[t])
         open_arms = [standing for standing in competing[tenant] if standing.tasks]

@@ -150,11 +150,11 @@ class Snapshot:
                 yield trajectory, task, outcome
 
     def sources_of(self, success: Trajectory) -> list[str]:
-        """What an example that teaches this run is made from: the run, the hints that it was shown, and the users'
-        praise where that is what made it a success."""
+        """What an example that teaches this run is made from: the run, the hints that it was shown, and the
+        praise that somebody signed where that is what made it a success."""
         outcome = self.outcome(success)
         by_users = outcome is not None and outcome.by is OutcomeSource.USER
-        said = self.said_of(success) if by_users else []
+        said = [f for f in self.said_of(success) if f.voice != ANONYMOUS] if by_users else []
         praise = [f.id for f in said if f.kind is FeedbackKind.SCORE and (score_of(f.value) or 0.0) >= 0.5]
         return [success.id, *hints_shown(success), *praise]
 

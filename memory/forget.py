@@ -13,6 +13,7 @@ API keys stay: they are access, not data. So do a tenant's name and its nights' 
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable
 from datetime import datetime
@@ -226,7 +227,7 @@ def _clear_others(connection: Connection, traces: Traces, counts: Counter[str]) 
     if not traces.shown or traces.user is None:
         return
     # Most runs name none of it, and all of a tenant's are too many to hold.
-    named = Needles(traces.shown, ())
+    named = Needles({json.dumps(id)[1:-1] for id in traces.shown}, ())
     query = select(trajectories.c.id, trajectories.c.body).where(trajectories.c.tenant == traces.tenant)
     naming = (
         rows.load(Trajectory, row.body)

@@ -431,7 +431,8 @@ class PastRun(Record):
     uses: int = 0
     successes: int = 0
     sources: list[str] = Field(default_factory=list)
-    """Ids of the trajectory and, for a corrected one, of the feedback."""
+    """Ids of the trajectory and of the feedback that it rests on: a correction, the hints it was shown, signed praise.
+    It is retired when one of them is rejected."""
     status: MemoryStatus = MemoryStatus.ACTIVE
     pinned: bool = False
     """Somebody wants it kept: neither score nor uplift retires it."""

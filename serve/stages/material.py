@@ -11,6 +11,7 @@ from agent.verify import verify
 from distill.credit import Judgement, credit
 from distill.equivalence import MAX_TOKENS
 from distill.principles import Ask, DistilReport, contradicted, distill_principles, past_runs
+from distill.runs import hints_shown
 from distill.snapshot import AnswerKey, Snapshot, praise_of
 from evals.suites import Suite
 from memory import rows, runs
@@ -158,15 +159,18 @@ def load_snapshot(run: NightRun) -> Snapshot:
     wanted |= {t.id for t in tried if asked is None or t.ended_at >= asked}
     # A run that was corrected later than it was made is new experience as well.
     again = runs.spoken_of(database, after_seq=since["feedback"], upto_seq=upto["feedback"], since=asked)
-    again |= left_over(run)
     known |= runs.by_id(database, again - known.keys(), **of_days)
-    wanted |= again & known.keys()
+    left = left_over(run)
+    known |= runs.by_id(database, left - known.keys(), (*DAYS, Purpose.PRACTICE), upto_seq=upto["trajectory"])
+    wanted |= (again | left) & known.keys()
     trajectories = [known[id] for id in sorted(wanted)]
     tasks = ledger.tasks(t.task_id for t in trajectories)
     held_out = [item.task for suite in suites_of(run) for item in suite.tasks]
+    # A try rests on the hint that it was shown, which somebody gave to another run.
+    hints = runs.feedback_by_id(database, {hint for t in trajectories for hint in hints_shown(t)})
     return Snapshot(
         trajectories=trajectories,
-        feedback=runs.feedback_on(database, wanted, upto_seq=upto["feedback"]),
+        feedback=[*runs.feedback_on(database, wanted, upto_seq=upto["feedback"]), *hints],
         tasks=tasks,
         held_out_tasks=held_out,
         seed=run.services.settings.dataset.seed,

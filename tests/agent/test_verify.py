@@ -195,6 +195,7 @@ def test_an_unknown_verifier_is_named_before_anything_runs() -> None:
         (task("reasoning_gym"), "argument family"),
         (task("reasoning_gym", family="gcd", entry="[1]"), "argument entry"),
         (task("reasoning_gym", family="gcd", entry="no JSON"), "argument entry"),
+        (task("reasoning_gym", family="gcd", entry="[" * 100_000), "nested too deeply"),
         (task("reasoning_gym", family="gcd", entry={}), "has an answer"),
         (task("reasoning_gym", family="gcd", entry={"answer": "1"}, config=3), "argument config"),
     ],

@@ -43,6 +43,17 @@ def test_whoever_sent_the_reference_does_not_corroborate_a_correction_with_it(au
     assert verdict(hers, "poison", "bob")[0] is Trust.TRUSTED
 
 
+def test_a_key_does_not_corroborate_its_own_correction_whatever_users_it_names():
+    for user in (None, "carol"):
+        asked = task(1, reference="poison", caller="key:eve", user=user)
+        for author in ("key:eve", "key:eve/bob"):
+            assert verdict(asked, "poison", author)[0] is Trust.QUARANTINED
+        assert verdict(asked, "poison", "key:desk")[0] is Trust.TRUSTED
+    vouched = task(1, reference="4", caller="app:shop", user="bob")
+    assert verdict(vouched, "4", "app:shop/ann")[0] is Trust.TRUSTED
+    assert verdict(vouched, "4", "app:shop/bob")[0] is Trust.QUARANTINED
+
+
 def test_without_a_verifier_one_users_correction_stays_quarantined_and_an_operators_is_trusted():
     assert verdict(OPEN, "2")[0] is Trust.QUARANTINED
     assert verdict(OPEN, "2", "operator:mia")[0] is Trust.TRUSTED

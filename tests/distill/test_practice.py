@@ -116,3 +116,13 @@ def test_tenants_share_the_budget_however_many_workloads_one_of_them_names():
     few = plan([*choices("a", 3), *many], [], budget=16, samples=4, seed=0)
     assert drawn(few)["a"] == 3, "what one tenant has no tasks for goes to the others"
     assert len(few.task_ids) == 16
+
+
+def test_tenants_that_a_small_budget_leaves_out_have_their_turn_in_the_nights_that_follow():
+    offered = [Choice((f"tenant {n}", "sums"), f"q-{n}-{i}", f"task_{n}_{i}") for n in range(12) for i in range(8)]
+    owner = {choice.task_id: choice for choice in offered}
+    history: list[Try] = []
+    for night in range(3):
+        made = plan(offered, history, budget=4, samples=1, seed=0)
+        history += [Try(owner[id].arm, owner[id].question, night, False) for id in made.task_ids]
+    assert len({one.arm for one in history}) == 12

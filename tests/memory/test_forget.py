@@ -65,9 +65,10 @@ def live(ledger: Ledger, home: Path) -> dict[str, Trajectory]:
     """Ann and Bob work in one tenant: Ann's run is remembered, shown to Bob, and both teach a night."""
     ann, bob = asked_by("ann", f"How heavy is {SECRET}?"), asked_by("bob", "How heavy is my cow?")
     hers = ran(ledger, ann, ANSWER)
-    remembered = samples.past_run(ann, ANSWER).model_copy(update={"sources": [hers.id]})
+    # Imported items keep the ids they came with.
+    remembered = samples.past_run(ann, ANSWER).model_copy(update={"id": 'run_é"1', "sources": [hers.id]})
     ledger.add_past_run(remembered)
-    learned = samples.principle(f"Ask whether {SECRET}.", "acme", [hers.id])
+    learned = samples.principle(f"Ask whether {SECRET}.", "acme", [hers.id]).model_copy(update={"id": "pri_é"})
     ledger.add_principle(learned)
     shown = [{**m, "name": RECALLED} for m in remembered.messages]
     system = {"role": "system", "content": f"Rules.\n<experience>\n- {learned.text}\n</experience>"}

@@ -16,7 +16,7 @@ from memory.errors import NotEnoughExperienceError
 from memory.ledger import Ledger
 from memory.night_records import Generation, GenerationStatus, Night, NightStatus, StageRun
 from memory.recall import NoMemory
-from memory.records import Feedback, FeedbackKind, Outcome, OutcomeSource, Purpose, Trajectory, Trust
+from memory.records import Feedback, FeedbackKind, Outcome, OutcomeSource, Purpose, Trajectory, Trust, now
 from serve import promotion
 from serve.settings import NightConfig
 from serve.stages.dataset import make_dataset
@@ -26,6 +26,7 @@ from serve.stages.worth import nothing_new
 from serve.wiring import open_ledger
 from tests.memory import samples
 from tests.serve.fakes import settings_in
+from tests.serve.test_forgetting_spares import shown_hints
 from tests.serve.test_night_limits import night_in
 
 PLACES = ("river", "hill", "lake", "town", "forest", "desert", "island", "bridge", "valley", "harbour")
@@ -120,6 +121,37 @@ def test_what_training_did_not_reach_is_material_of_the_next_night_and_what_it_r
     again, made = night(ledger, tmp_path, most=100)
     assert [t.id for t in load_snapshot(again).trajectories] == runs[:3]
     assert (made["counts"]["corrections"], made["left"]) == (3, [])
+
+
+def test_a_practised_run_that_training_did_not_reach_is_material_of_the_next_night(
+    ledger: Ledger, tmp_path: Path
+) -> None:
+    first, _ = night(ledger, tmp_path, most=100)
+    task = samples.task("Which of them is deepest?")
+    solved = Outcome(score=1.0, by=OutcomeSource.VERIFIER)
+    tried = samples.trajectory(task).model_copy(update={"purpose": Purpose.PRACTICE, "outcome": solved})
+    ledger.add_run(task, tried)
+    record(ledger, first.night, "practice", {"upto": ledger.watermark()["trajectory"], "tries": 1})
+    ended(ledger, first, left=[tried.id])
+    new = corrected(ledger, "Who said so?")
+    second, _ = night(ledger, tmp_path, most=100)
+    assert {t.id for t in load_snapshot(second).trajectories} == {tried.id, new.id}
+
+
+def test_the_hint_behind_a_try_is_material_of_a_night_that_does_not_go_back_so_far(
+    ledger: Ledger, tmp_path: Path
+) -> None:
+    failed = ledger.trajectories()[0]
+    hint = Feedback(trajectory_id=failed.id, kind=FeedbackKind.HINT, value="Look at a map.", trust=Trust.TRUSTED)
+    ledger.add_feedback(hint)
+    since = {"since": now().isoformat()}
+    tried = shown_hints(ledger.get_task(failed.task_id), [hint])
+    ledger.add_trajectory(tried)
+    run = night_in(ledger, tmp_path, [], Night(options=since))
+    record(ledger, run.night, "snapshot", snapshot(run))
+    material = load_snapshot(run)
+    assert [t.id for t in material.trajectories] == [tried.id]
+    assert [said.id for said in material.feedback] == [hint.id], "its author's cap counts what it teaches"
 
 
 def test_a_dataset_stage_that_runs_again_and_a_rejected_night_lose_nothing_of_it(

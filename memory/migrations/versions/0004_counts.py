@@ -8,8 +8,9 @@ from alembic import op
 revision = "0004"
 down_revision = "0003"
 
-# PostgreSQL refuses to read a record that holds U+0000 or half a character, whatever it is asked for.
-READABLE = r"CAST(regexp_replace(body, '\\u(0000|d[89a-f]..)', '\\u0020', 'g') AS json)"
+# PostgreSQL refuses to read a record that holds U+0000 or half a character, whatever it is asked for. Four digits
+# and no fewer: behind a backslash of the text's own, what stands in their place may be the end of the text.
+READABLE = r"CAST(regexp_replace(body, '\\u(0000|d[89a-f][0-9a-f]{2})', '\\u0020', 'g') AS json)"
 
 PLACES = {
     "sqlite": ("json_extract(body, '$.generation')", "json_extract(body, '$.outcome.score')"),
