@@ -96,7 +96,8 @@ def _judge_correction(
         answer = answer_of(corrected_run(said.value, task, callable_tools(trajectory)))
     except ValueError as exc:
         return Trust.REJECTED, f"not a usable correction: {exc}"
-    outcome = None if _asked(said, task) else _verdict(task, answer, verify)
+    own = _asked(said, task)
+    outcome = None if own else _verdict(task, answer, verify)
     if outcome is not None and outcome.success:
         return Trust.TRUSTED, "the task's verifier gives its answer full marks"
     if outcome is not None and outcome.score <= 0.0:
@@ -106,6 +107,8 @@ def _judge_correction(
     others = voices.get(_voice_key(said, task, answer), frozenset()) - {said.voice}
     if others and said.author != ANONYMOUS:
         return Trust.TRUSTED, f"{sorted(others)[0]!r} gave the same answer"
+    if own and (task.verifier is not None or task.reference is not None):
+        return Trust.QUARANTINED, "its author sent the yardstick too; no second author or operator supports it yet"
     return Trust.QUARANTINED, "no verifier, second author or operator supports it yet"
 
 

@@ -47,7 +47,9 @@ def test_a_key_does_not_corroborate_its_own_correction_whatever_users_it_names()
     for user in (None, "carol"):
         asked = task(1, reference="poison", caller="key:eve", user=user)
         for author in ("key:eve", "key:eve/bob"):
-            assert verdict(asked, "poison", author)[0] is Trust.QUARANTINED
+            trust, why = verdict(asked, "poison", author)
+            assert trust is Trust.QUARANTINED
+            assert "sent the yardstick too" in why
         assert verdict(asked, "poison", "key:desk")[0] is Trust.TRUSTED
     vouched = task(1, reference="4", caller="app:shop", user="bob")
     assert verdict(vouched, "4", "app:shop/ann")[0] is Trust.TRUSTED
