@@ -11,6 +11,7 @@ import time
 from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -101,8 +102,14 @@ def opened(folder: Path) -> Ledger:
     return Ledger.open(settings_for(folder).database_url)
 
 
-def dataset(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in (settings_for(folder).night_dir(NIGHT) / "dataset").iterdir()}
+def dataset(folder: Path, ledger: Ledger) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """The files of the night's dataset and its manifest, but for the line up to which words were read: those that came
+    before the night first drew it are behind it."""
+    files = {path.name: path.read_bytes() for path in (settings_for(folder).night_dir(NIGHT) / "dataset").iterdir()}
+    manifest, drawn = json.loads(files.pop("manifest.json")), ledger.stage(NIGHT, "snapshot")
+    assert drawn is not None
+    assert manifest["upto"].pop("feedback") == drawn.output["upto"]["feedback"]
+    return files, manifest
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +154,7 @@ def ends_as_if_unkilled(folder: Path, unkilled: Path) -> None:
         assert sorted(measured) == [(g, suite) for g in (0, 1) for suite in ("chat", "held_out")]
         assert {f.id for f in whole.feedback()} <= {f.id for f in ledger.feedback()}
         assert {f.trust for f in ledger.feedback() if f.kind is FeedbackKind.CORRECTION} == {Trust.TRUSTED}
-        assert dataset(folder) == dataset(unkilled)
+        assert dataset(folder, ledger) == dataset(unkilled, whole)
         assert [e.id for e in ledger.examples(NIGHT)] == [e.id for e in whole.examples(NIGHT)]
         tries = [{t.id for t in known.trajectories(purpose=Purpose.PRACTICE)} for known in (ledger, whole)]
         assert tries[0] == tries[1] != set()
