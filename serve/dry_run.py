@@ -30,7 +30,7 @@ from memory.night_records import Night
 from memory.records import Example, ExampleKind
 from serve.escalation import recipes_with_teacher
 from serve.stages import stages_of
-from serve.stages.budget import foretold, last_trained, uncut
+from serve.stages.budget import after_training, foretold, last_trained, uncut
 from serve.stages.dataset import replayed, trains_on_pairs
 from serve.stages.material import judged, load_snapshot, snapshot
 from serve.stages.night_run import NightRun, Output
@@ -263,7 +263,9 @@ def _cost(run: NightRun, examples: list[Example], tries: int) -> Cost:
     before += done["dpo_pairs"] * done.get("dpo_epochs", config.dpo_epochs)
     scale, of_a_try = passes / max(1, before), _seconds_of_a_try(ledger)
     practice = tries * of_a_try if tries and of_a_try is not None else None
-    rest = sum(stage.seconds for name, stage in last.items() if name not in ("train", PRACTICE))
+    names = list(last)
+    rest = sum(last[name].seconds for name in names[: names.index("train")] if name != PRACTICE)
+    rest += after_training(ledger) or 0.0
     return Cost(
         rows=rows,
         tokens=round(tokens * scale),
