@@ -92,8 +92,8 @@ def is_over(night_id: str) -> bool:
 def _at_work(night_id: str) -> bool:
     try:
         return not is_over(night_id)
-    except Exception:  # What could not begin the workflow mostly cannot be asked for it either.
-        return False
+    except Exception:  # Nobody knows, and a night that ended must not go on: the next start resumes it.
+        return True
 
 
 def _go(night: Night) -> None:
