@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 import subprocess
 import sys
@@ -64,6 +65,24 @@ def test_a_retired_item_leaves_the_index_and_may_come_back(sqlite_ledger: Ledger
     sqlite_ledger.set_memory_status(run.id, MemoryStatus.ACTIVE, "it did not")
     drain(sqlite_ledger, index)
     assert [found for found, _ in index.query(RUN, "default", run.question, 5)] == [run.id]
+
+
+def test_whatever_is_in_a_collection_can_be_found(index: Index):
+    numbers = random.Random(1)
+    texts = {f"run_{n}": f"What is {numbers.randrange(9999)} + {numbers.randrange(9999)}?" for n in range(300)}
+    ids = list(texts)
+    index.switch(index.begin())
+    for tenant in range(20):
+        for start in range(0, len(ids), 50):
+            index.upsert(RUN, f"tenant {tenant}", [(item, texts[item]) for item in ids[start : start + 50]])
+            index.query(RUN, f"tenant {tenant}", texts[ids[0]], 1)  # Chroma adds what came since the last question
+    lost = [
+        (tenant, item)
+        for tenant in range(20)
+        for item in ids
+        if item not in [found for found, _ in index.query(RUN, f"tenant {tenant}", texts[item], 3)]
+    ]
+    assert lost == []
 
 
 def test_changes_followed_twice_or_late_come_to_the_same(sqlite_ledger: Ledger, index: Index):
