@@ -183,6 +183,8 @@ class Index:
         self, build: Build, kind: IndexKind, tenant: str, vectors: list[list[float]], k: int
     ) -> list[tuple[str, float]]:
         collection = self._collection(build, kind, tenant)
+        if collection is None and self._build is not build:
+            raise IndexUnavailableError(f"the index {self._folder} was replaced in mid-query")
         if collection is None:
             return []
         found = collection.query(query_embeddings=vectors, n_results=k, include=["distances"])

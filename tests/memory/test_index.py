@@ -85,6 +85,25 @@ def test_whatever_is_in_a_collection_can_be_found(index: Index):
     assert lost == []
 
 
+def test_a_question_during_which_the_build_changes_is_answered_by_the_new_one(
+    sqlite_ledger: Ledger, index: Index, folder: Path, embedder: Embedder, monkeypatch: pytest.MonkeyPatch
+):
+    run = samples.remember(sqlite_ledger, "How many legs do 4 cows have?")
+    sync(sqlite_ledger, index)
+    index.close()
+    reopened = Index.open(folder, embedder)
+    embed = embedder.embed
+
+    def and_meanwhile(texts: list[str]) -> list[list[float]]:
+        monkeypatch.undo()
+        rebuild(sqlite_ledger, reopened)
+        return embed(texts)
+
+    monkeypatch.setattr(embedder, "embed", and_meanwhile)
+    assert [found for found, _ in reopened.query(RUN, "default", run.question, 5)] == [run.id]
+    reopened.close()
+
+
 def test_changes_followed_twice_or_late_come_to_the_same(sqlite_ledger: Ledger, index: Index):
     run = samples.remember(sqlite_ledger, "How many legs do 4 cows have?")
     sync(sqlite_ledger, index)
