@@ -144,6 +144,7 @@ class Place:
 
     base_url: str
     api_key: str = "k"
+    asked: asyncio.Event = field(default_factory=asyncio.Event)
     hung_up: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def wait_ready(self, timeout: float) -> None:
@@ -158,6 +159,7 @@ async def engine_that(answer: Callable[[asyncio.StreamReader, asyncio.StreamWrit
         head = await reader.readuntil(b"\r\n\r\n")
         length = next(int(line.split(b":")[1]) for line in head.splitlines() if line.lower().startswith(b"content-len"))
         await reader.readexactly(length)
+        place.asked.set()
         await answer(reader, writer)
         if await reader.read() == b"":
             place.hung_up.set()
@@ -185,7 +187,7 @@ def test_a_closed_stream_hangs_up_on_the_engine() -> None:
             stream = EngineClient(engine, PATIENCE).stream(REQUEST)
             assert await anext(stream) == "one "
             await stream.aclose()  # type: ignore[attr-defined]
-            await asyncio.wait_for(engine.hung_up.wait(), 1)
+            await asyncio.wait_for(engine.hung_up.wait(), 30)
 
     asyncio.run(story())
 
@@ -202,11 +204,11 @@ def test_a_cancelled_call_hangs_up_on_the_engine(streaming: bool) -> None:
     async def story() -> None:
         async with engine_that(begins if streaming else silent) as engine:
             running = asyncio.create_task(call(engine))
-            await asyncio.sleep(0.2)
+            await asyncio.wait_for(engine.asked.wait(), 30)
             running.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await running
-            await asyncio.wait_for(engine.hung_up.wait(), 1)
+            await asyncio.wait_for(engine.hung_up.wait(), 30)
 
     asyncio.run(story())
 

@@ -16,6 +16,7 @@ from distill.train.__main__ import main
 from distill.train.config import TrainConfig, TrainJob, finished
 from distill.train.job import train
 from distill.train.launch import run
+from distill.train.progress import last_checkpoint
 from memory.errors import TrainingError
 from tests.distill.train_fixtures import make_base, preferences, say, sft, sums, write_dataset
 
@@ -182,7 +183,7 @@ def service(job: TrainJob, tmp_path: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "the-job.json")], env=environment)
 
 
-def wait_for(condition, seconds: float = 120.0) -> None:
+def wait_for(condition, seconds: float = 600.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -196,11 +197,14 @@ def trainer_of(job: TrainJob) -> int:
 def gone(pid: int) -> bool:
     import psutil
 
-    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
-LONG = {"epochs": 30, "checkpoint_steps": 5, "learning_rate": 1e-3}
-"""Settings of a run with 60 steps over eight rows: long enough to be killed in its middle."""
+LONG = {"epochs": 60, "checkpoint_steps": 5, "learning_rate": 1e-3}
+"""Settings of a run with 120 steps over eight rows: long enough to be killed in its middle."""
 
 
 def test_a_killed_run_goes_on_from_its_checkpoint_ends_once_and_never_shows_a_half_adapter(tmp_path):
@@ -218,13 +222,15 @@ def test_a_killed_run_goes_on_from_its_checkpoint_ends_once_and_never_shows_a_ha
     try:
 
         def kill_at_checkpoint(event: dict[str, Any]) -> None:
-            if event["event"] == "checkpoint" and event["step"] < 60:
+            if event["event"] == "checkpoint" and event["step"] < 120:
                 os.kill(trainer_of(job), signal.SIGKILL)
 
         with pytest.raises(TrainingError, match=r"trainer died \(exit code -9\): it was killed.*memory"):
             run(job, PYTHON, kill_at_checkpoint)
         assert not job.out_dir.exists()
-        killed_at = events_of(job, "checkpoint")[-1]["step"]
+        kept = last_checkpoint(job.work_dir / "sft")
+        assert kept is not None
+        killed_at = int(kept.name.rpartition("-")[2])
         seen: list[dict[str, Any]] = []
         result = run(job, PYTHON, seen.append)
     finally:
@@ -236,7 +242,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint_ends_once_and_never_shows_a_ha
     assert len(events_of(job, "done")) == 1
     assert not job.work_dir.exists()
     uninterrupted = train(job.model_copy(update={"out_dir": tmp_path / "out" / "at-once"}))
-    assert len(result.losses["sft"]) == 60
+    assert len(result.losses["sft"]) == 120
     assert result.losses["sft"] == pytest.approx(uninterrupted.losses["sft"], rel=1e-4)
 
 
@@ -253,7 +259,7 @@ def test_an_orphan_is_killed_before_the_job_goes_on_and_a_live_run_is_left_alone
     first.wait()
     result = run(job, PYTHON, lambda event: None)
     assert gone(trainer)
-    assert len(result.losses["sft"]) == 60
+    assert len(result.losses["sft"]) == 120
     assert len(events_of(job, "done")) == 1
 
 

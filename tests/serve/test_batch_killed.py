@@ -79,7 +79,7 @@ def test_a_batch_killed_twice_finishes_every_line_exactly_once(tmp_path: Path) -
         read = [json.loads(text) for text in client.files.content(str(output)).text.splitlines()]
     finally:
         process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0
+        assert process.wait(120) == 0
     assert Counter(each["custom_id"] for each in read) == Counter(f"r{i}" for i in range(LINES))
     results, runs = stored(tmp_path, batch.id)
     assert finished.items() <= results.items(), "a finished line keeps its result"

@@ -21,7 +21,7 @@ from memory.errors import ConfigError, ContextLengthError, ModelUnavailableError
 from memory.files import FilePurpose
 from memory.keys import ApiKey, Scope
 from memory.records import now
-from serve import batch_run, durable
+from serve import durable
 from serve.batch_lines import MAX_LINE_BYTES
 from serve.settings import BatchConfig, ServerConfig
 from serve.wiring import Services
@@ -253,13 +253,15 @@ def test_a_cancelled_batch_finishes_what_runs_and_gives_what_it_has(
 
 
 def test_a_batch_whose_time_is_over_expires_with_what_it_has(
-    client: openai.OpenAI, service: tuple[str, Services]
+    client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     away.add("Are you there?")
-    input_file = upload(client, [line("done"), line("late", "Are you there?")])
-    soon = now() + timedelta(seconds=2)
-    batch = Batch(tenant="default", caller="ann", endpoint=CHAT, input_file_id=input_file, expires_at=soon)
-    batch_run.submit(service[1], batch)
+    batch = submit(client, [line("done"), line("late", "Are you there?")])
+    deadline = time.monotonic() + 120
+    while completed(client, batch.id) != 1:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    monkeypatch.setattr(batches, "now", lambda: now() + timedelta(days=2))
     done = ended(client, batch.id)
     away.clear()
     assert done.status == "expired"

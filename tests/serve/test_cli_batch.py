@@ -29,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     process, _ = started(made)
     yield made
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 0
+    assert process.wait(120) == 0
 
 
 def batch(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

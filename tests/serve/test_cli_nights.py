@@ -26,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     process, _ = started(made)
     yield made
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 0
+    assert process.wait(120) == 0
 
 
 def nightschool(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

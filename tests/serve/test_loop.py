@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def live(client: Client, number: int) -> dict[int, dict]:
 def sleep_through(client: Client, **options: Any) -> dict:
     job = client.post("/v1/fine_tuning/jobs", options)
     while (job := client.get(f"/v1/fine_tuning/jobs/{job['id']}"))["status"] == "running":
-        pass
+        time.sleep(0.05)
     return job
 
 

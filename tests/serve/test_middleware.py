@@ -72,7 +72,7 @@ def post(url: str, body: Any, key: str | None = None, path: str = "/v1/chat/comp
     return httpx.post(url + path, json=body, headers=headers, timeout=30, **kwargs)
 
 
-def until(happened: Callable[[], Any], timeout_s: float = 10) -> None:
+def until(happened: Callable[[], Any], timeout_s: float = 60) -> None:
     deadline = time.monotonic() + timeout_s
     while not happened():
         assert time.monotonic() < deadline, "it did not happen in time"

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -130,7 +130,9 @@ def test_a_stage_that_died_goes_on_and_tries_nothing_twice(services: Services, m
     assert run.done("practice")["tries"] == TASKS * SAMPLES
 
 
-def test_tries_that_the_nights_time_leaves_no_room_for_are_left_out_and_it_is_said(services: Services) -> None:
+def test_tries_that_the_nights_time_leaves_no_room_for_are_left_out_and_it_is_said(
+    services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trained = {"tokens": 1000, "seconds": 20.0}
     before = Night()
     services.ledger.add_night(before)
@@ -141,13 +143,14 @@ def test_tries_that_the_nights_time_leaves_no_room_for_are_left_out_and_it_is_sa
     asked = serve(services, samples.task("How many fingers has a hand?"), success=False)
     hint = {"kind": FeedbackKind.HINT, "value": "Count down.", "trust": Trust.TRUSTED}
     services.ledger.add_feedback(samples.feedback(asked).model_copy(update=hint))
-    first, said = begun(services), list[str]()
+    first, said, clock = begun(services), list[str](), [0.0]
+    monkeypatch.setattr("serve.stages.practice.time", SimpleNamespace(monotonic=lambda: clock[0]))
     spent = sum(stage.seconds for stage in services.ledger.stages(first.night.id))
     wanted = (TASKS + 1) * SAMPLES
 
     def slowly(_stage: str, told: str, /, **_: Any) -> None:
         said.append(told)
-        time.sleep(0.1)
+        clock[0] += 0.1
 
     def within(max_seconds: float) -> dict[str, Any]:
         night = services.settings.night.model_copy(update={"max_seconds": max_seconds})

@@ -225,7 +225,7 @@ since = schedule.in_force_since(folder, "0 2 * * *", clock())
 async def live():
     settled = lambda: max(since, nights.last_at_work() or since)
     keeper = schedule.keep("0 2 * * *", begin, settled, timedelta(hours=3), clock)
-    await asyncio.wait_for(keeper, 1 if die_at == "never" else 60)
+    await asyncio.wait_for(keeper, 5 if die_at == "never" else 60)
 
 try:
     asyncio.run(live())

@@ -57,7 +57,7 @@ def serving(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen[byte
 
 def ended(process: subprocess.Popen[bytes]) -> int:
     process.send_signal(signal.SIGTERM)
-    return process.wait(30)
+    return process.wait(120)
 
 
 def printed_secrets(folder: Path) -> list[str]:
