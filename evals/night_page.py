@@ -133,6 +133,10 @@ def _training(training: Training) -> str:
         f"{training.tokens} tokens ({training.trained_tokens} with loss), {duration(training.seconds)}, "
         f"{training.tokens_per_s:.0f} tokens a second.</p>"
     )
+    if training.alpha is not None:
+        told += (
+            f"<p>Validation chose {training.alpha:.0%} of the way from the previous generation's weights to these.</p>"
+        )
     if training.note:
         told += f'<p class="wait">{escape(training.note)}</p>'
     steps = [loss for part in training.losses.values() for loss in part]

@@ -118,6 +118,9 @@ class Training(BaseModel):
     note: str
     losses: dict[str, list[float]]
     """One figure a step, by phase."""
+    alpha: float | None = None
+    """How far from the previous generation's weights (0) to the trained ones (1) those lie that validation chose; None
+    where `train.interpolate` names no choice."""
 
 
 class Tokens(BaseModel):

@@ -310,7 +310,9 @@ def _untrained(output: dict) -> dict[str, int]:
 def _training(output: dict) -> Training:
     names = ("generation", "tokens", "trained_tokens", "tokens_per_s", "seconds", "losses")
     figures = {name: output[name] for name in names}
-    return Training(rows=output["sft_rows"], pairs=output["dpo_pairs"], note=output.get("note", ""), **figures)
+    between = output.get("interpolation") or {}
+    told = {"note": output.get("note", ""), "alpha": between.get("alpha")}
+    return Training(rows=output["sft_rows"], pairs=output["dpo_pairs"], **told, **figures)
 
 
 def _story(ledger: Ledger, night: Night, status: NightStatus, gate: GateDecision | None, *, named: bool) -> list[str]:
