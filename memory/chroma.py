@@ -124,8 +124,8 @@ class Embedded:
 
         _overwrite_freed_memory()
         # Chroma adds a batch to its graph on every core, and vectors added at the same moment do not see each other:
-        # one collection in five then held a vector that no search could reach.
-        os.environ.setdefault("RAYON_NUM_THREADS", "1")
+        # one collection in five then held a vector that no search could reach. Its pool starts at the first batch.
+        os.environ["RAYON_NUM_THREADS"] = "1"
         return chromadb.PersistentClient(str(self._folder), settings=Settings(anonymized_telemetry=False))
 
     def probe(self) -> Path | None:
